@@ -1,0 +1,1010 @@
+# SPDX-License-Identifier: MIT
+"""Tests of gem_miner.py and models.py: offline, on the CPU, in about two minutes on two cores.
+
+Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
+"""
+
+import ast
+import io
+import json
+import math
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.datasets import utils as tv_utils
+from torchvision.transforms.functional import to_pil_image
+
+import gem_miner as g
+import models
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
+
+
+class Tiny(nn.Module):
+    """d = 2*9 + 3*8 = 42, with a bias and an affine BatchNorm that must never count."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, bias=True)
+        self.bn = nn.BatchNorm2d(2)
+        self.fc = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.bn(self.conv(x))).flatten(1))
+
+
+def tiny(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Tiny().to(dtype)
+
+
+def tiny_batches(n=4, size=8, dtype=torch.float64):
+    gen = torch.Generator().manual_seed(1)
+    xs = torch.randn(n, size, 1, 4, 4, generator=gen, dtype=dtype)
+    return list(zip(xs, torch.randint(3, (n, size), generator=gen)))
+
+
+# --- models.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, classes, size, d, tensors",
+    [
+        ("resnet20", 10, 32, 268_336, 20),
+        ("resnet32", 10, 32, 461_872, 32),
+        ("resnet32", 100, 32, 467_632, 32),
+        ("resnet32x2", 100, 32, 1_856_864, 32),
+        ("resnet18", 10, 32, 11_164_352, 21),
+        ("resnet18", 200, 64, 11_269_312, 21),
+        ("resnet50", 200, 64, 23_864_512, 54),
+        ("vgg16", 10, 32, 14_715_584, 14),
+        ("mobilenetv2", 10, 32, 2_261_824, 58),
+        ("wrn28_2", 10, 32, 1_463_984, 29),
+    ],
+)
+def test_networks(name, classes, size, d, tensors):
+    model = models.build(name, classes, image_size=size)
+    f = g.Network(model)
+    assert (f.d, len(f.names)) == (d, tensors)
+    assert f"{d:,}" in models.__doc__ or (name, classes) == ("resnet32", 10)
+    assert sum(p.numel() for p in model.parameters()) == d  # so no bias, and no affine BatchNorm
+    assert f(f.vector(), torch.randn(2, 3, size, size)).shape == (2, classes)
+    norms = [m for m in models.build(name, classes, affine=True).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.affine for m in norms)
+
+
+def test_every_network_is_tested_and_knows_nothing_of_pruning():
+    assert set(models.MODELS) == {"resnet20", "resnet32", "resnet32x2", "resnet18", "resnet50", "vgg16", "mobilenetv2", "wrn28_2"}
+    tree = ast.parse((HERE / "models.py").read_text())
+    imported = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
+    assert imported == {"torch"}
+
+
+def test_resnet20_is_he_et_als():
+    """Layer sizes of FACTS 12.1, and the option-A shortcut against a plain statement of it."""
+    f = g.Network(models.resnet20())
+    assert f.sizes == [432] + [2304] * 6 + [4608] + [9216] * 5 + [18432] + [36864] * 5 + [640]
+    x = torch.randn(2, 16, 8, 8)
+    out = models.OptionA(16)(x)
+    expected = torch.zeros(2, 32, 4, 4)
+    expected[:, 8:24] = x[:, :, [0, 2, 4, 6]][:, :, :, [0, 2, 4, 6]]
+    assert torch.equal(out, expected)
+
+
+def test_resnet50_takes_torchvisions_weights():
+    theirs, ours = torchvision.models.resnet50().eval(), models.resnet50(1000, affine=True).eval()
+    ours.load_state_dict({n: t for n, t in theirs.state_dict().items() if n != "fc.bias"})
+    nn.init.zeros_(theirs.fc.bias)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(theirs(x), ours(x), atol=1e-5)
+
+
+# --- Network: a module as a function of one vector ------------------------------------------------------------
+
+
+def test_vector_and_views_are_inverse_and_the_function_is_the_module():
+    model = tiny()
+    f = g.Network(model)
+    assert (f.d, f.names, f.shapes) == (42, ["conv.weight", "fc.weight"], [(2, 1, 3, 3), (3, 8)])
+    v = f.vector()
+    assert torch.equal(f.views(v)["conv.weight"], model.conv.weight) and torch.equal(f.views(v)["fc.weight"], model.fc.weight)
+    assert torch.equal(f.vector(f.views(v)), v)
+    x = torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    assert torch.allclose(f.eval()(v, x), model.eval()(x), atol=1e-12)
+    other = torch.randn(42, dtype=torch.float64)
+    expected = f(other, x)
+    assert not torch.allclose(expected, model(x))
+    f.load(other)
+    assert torch.allclose(model(x), expected)
+
+
+def test_convolutions_are_viewed_channels_last_without_a_copy():
+    f = g.Network(models.resnet20())
+    v = f.vector()
+    for u in f.views(v).values():
+        assert u.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        assert u.dim() != 4 or u.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_conv_or_linear_counts_once_and_nothing_else():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 4, 5), nn.ConvTranspose2d(4, 2, 3)
+            self.c = nn.Linear(6, 6)
+            self.d = nn.Linear(6, 6, bias=False)
+            self.d.weight = self.c.weight
+            self.e, self.norm = nn.Embedding(5, 6), nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.d(self.norm(self.c(x)))
+
+    f = g.Network(Odd())
+    assert f.names == ["a.weight", "b.weight", "c.weight"] and f.sizes == [60, 72, 36]
+    f.load(f.vector() * 2)
+    assert f.model.d.weight is f.model.c.weight
+    x = torch.randn(2, 6)
+    assert torch.allclose(f(f.vector(), x), f.model(x))
+    with pytest.raises(ValueError, match="nothing to prune"):
+        g.Network(nn.ReLU())
+
+
+def test_bfloat16_returns_float32_close_to_float32():
+    model = models.resnet20()
+    x = torch.randn(4, 3, 32, 32)
+    full, half = g.Network(model).eval(), g.Network(model, bf16=True).eval()
+    a, b = full(full.vector(), x), half(half.vector(), x)
+    assert b.dtype == torch.float32 and not torch.equal(a, b)
+    assert torch.allclose(a, b, atol=0.05 * a.abs().max().item())
+
+
+def test_compiled_equals_eager():
+    model = tiny(torch.float32)
+    (x, y), *_ = tiny_batches(dtype=torch.float32)
+    try:
+        gems = [g.mine(g.Network(model, compile=c), [(x, y)], sparsity=0.5, epochs=2, period=1) for c in (False, True)]
+    except torch._dynamo.exc.BackendCompilerFailed:
+        pytest.skip("no C++ compiler here")
+    assert torch.allclose(gems[0].p, gems[1].p, atol=1e-5) and torch.equal(gems[0].q, gems[1].q)
+
+
+# --- Algorithm 1 ----------------------------------------------------------------------------------------------
+
+
+def oracle(model, batches, w, p, s, E, T, eta, lam, norm=2, invert=False):
+    """The paper's lines 1 to 16 in plain Python, a weight at a time; SGD with momentum 0.9, cosine schedule."""
+    layers = [model.conv.weight, model.fc.weight]
+    d = len(p)
+    p, velocity, q = p.tolist(), [0.0] * d, [1] * d
+    c = math.log(1 / s) / E                                                          # line 1
+    for j in range(1, E + 1):                                                        # line 4
+        lr = eta * 0.5 * (1 + math.cos(math.pi * (j - 1) / E))
+        for x, y in batches:                                                         # line 5
+            w_eff = [w[i].item() * q[i] * (1.0 if p[i] >= 0.5 else 0.0) for i in range(d)]     # line 6
+            with torch.no_grad():
+                layers[0].copy_(torch.tensor(w_eff[:18]).reshape(2, 3, 3, 1).permute(0, 3, 1, 2))
+                layers[1].copy_(torch.tensor(w_eff[18:]).reshape(3, 8))
+            model.train().zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            grad = layers[0].grad.permute(0, 2, 3, 1).flatten().tolist() + layers[1].grad.flatten().tolist()
+            for i in range(d):
+                penalty = 2 * lam * p[i] if norm == 2 else lam * (p[i] > 0)
+                velocity[i] = 0.9 * velocity[i] + grad[i] * w[i].item() * q[i] + penalty       # straight-through
+                p[i] = min(1.0, max(0.0, p[i] - lr * velocity[i]))                   # lines 7, 8
+        if j % T == 0:                                                               # line 10
+            I1 = sorted((i for i in range(d) if q[i]), key=lambda i: p[i], reverse=invert)     # lines 11, 12
+            for i in I1[: len(I1) - round(d * math.exp(-c * j))]:                    # lines 13 to 15
+                q[i] = 0
+    return p, q
+
+
+@pytest.mark.filterwarnings("ignore:no weight is left")
+@pytest.mark.parametrize("case", [{}, {"norm": 1}, {"invert": True}, {"T": 1}, {"lam": 0.0}])
+def test_mine_is_algorithm_1(case):
+    case = {"s": 0.2, "E": 6, "T": 2, "eta": 0.05, "lam": 0.02, "norm": 2, "invert": False, **case}
+    model, batches = tiny(), tiny_batches()
+    others = {n: p.clone() for n, p in model.named_parameters() if n not in ("conv.weight", "fc.weight")}
+    first = {}
+
+    def start(f):
+        first["w"] = g.signed_constant(f)
+        return first["w"]
+
+    kw = {"penalty": {1: g.l1, 2: g.l2}[case["norm"]], "lam": case["lam"], "invert": case["invert"]}
+    settings = dict(sparsity=case["s"], epochs=case["E"], period=case["T"], lr=case["eta"], init=start, **kw)
+    gem = g.mine(model, batches, **settings)
+    with g.seeded(torch.device("cpu"), 0, "init"):
+        g.signed_constant(g.Network(model))
+        p0 = torch.rand(42, dtype=torch.float64)
+    p, q = oracle(tiny(), batches, first["w"], p0, *(case[k] for k in ("s", "E", "T", "eta", "lam", "norm", "invert")))
+    assert sum(1 for v in p if v == 0) < 42 and len(set(p)) > 20  # scores that moved, few ties: a fair comparison
+    assert torch.allclose(gem.p, torch.tensor(p, dtype=torch.float64), atol=1e-9)
+    assert gem.q.int().tolist() == q
+    assert torch.equal(gem.m, (gem.p >= 0.5) * gem.q)
+    assert torch.equal(gem.w, first["w"])  # not a weight was trained
+    assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in others.items())
+    assert torch.equal(g.Network(model).vector(), gem.w * gem.m)  # the model is the gem now
+
+
+def test_rounding_is_exact_and_straight_through():
+    p = torch.tensor([0.0, 0.3, 0.49999997, 0.5, 0.7, 1.0], requires_grad=True)
+    weight = torch.arange(6.0)
+    assert g.round_ste(p).tolist() == [0, 0, 0, 1, 1, 1]
+    (g.round_ste(p) * weight).sum().backward()
+    assert torch.equal(p.grad, weight)
+    p = torch.full((40_000,), 0.3, requires_grad=True)
+    drawn = g.round_random(p)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0} and abs(drawn.mean().item() - 0.3) < 0.02
+    drawn.sum().backward()
+    assert torch.equal(p.grad, torch.ones_like(p))
+
+
+def test_straight_through_gradient_is_dL_dweff_times_w_times_q():
+    f = g.Network(tiny())
+    (x, y), *_ = tiny_batches()
+    w, p = g.signed_constant(f), torch.rand(42, dtype=torch.float64, requires_grad=True)
+    q = (torch.rand(42) < 0.7).double()
+    F.cross_entropy(f((w * q) * g.round_ste(p), x), y).backward()
+    w_eff = ((w * q) * (p.detach() >= 0.5)).requires_grad_()
+    F.cross_entropy(f(w_eff, x), y).backward()
+    assert torch.allclose(p.grad, w_eff.grad * w * q, atol=1e-14) and (p.grad[q == 0] == 0).all()
+    assert p.grad[(p < 0.5) & (q == 1)].abs().sum() > 0  # a weight that r rounds away still learns
+
+
+@pytest.mark.filterwarnings("ignore:no weight is left")
+@pytest.mark.parametrize("s, E, T", [(0.0144, 10, 1), (0.0144, 10, 3), (0.3, 7, 7), (0.5, 5, 4), (1.0, 4, 1), (0.024, 3, 2), (1.0, 5, 3)])
+def test_ends_with_exactly_round_sd_weights_not_frozen(s, E, T):
+    seen = []
+    s = max(s, 1 / 42)
+    gem = g.mine(
+        tiny(), tiny_batches(1), sparsity=s, epochs=E, period=T, lam=0.5, lr=0.5,
+        on_epoch=lambda row, v, state: seen.append(state["q"].clone()),
+    )  # fmt: skip
+    assert gem.q.sum() == round(s * 42) and seen[-1].sum() == round(s * 42)
+    for j, (before, after) in enumerate(zip([torch.ones(42)] + seen, seen), 1):
+        assert (after <= before).all()  # what is frozen stays frozen
+        assert j % T == 0 or torch.equal(before.double(), after)
+    assert set(gem.m.unique().tolist()) <= {0.0, 1.0} and (gem.m <= gem.q).all()
+
+
+def test_freezing_counts_are_the_papers_where_T_divides_E():
+    """FACTS 12.5, Algorithm 1 literally: 30 freezes; and T = 8, which the paper's formula misses the target with."""
+    counts = [g.bound(0.0144, 268_336, j, 150, 5) for j in range(5, 151, 5)]
+    assert counts[:3] == [232_965, 202_257, 175_596] or counts[:3] == [232_965, 202_256, 175_595]
+    assert len(counts) == 30 and counts[-1] == round(0.0144 * 268_336) == 3864
+    assert g.bound(0.0059, 268_336, 144, 150, 8) == round(0.0059 * 268_336) == 1583
+    assert [g.bound(1.0, 100, j, 10, 3) for j in (3, 6, 9)] == [100] * 3
+
+
+@pytest.mark.parametrize("p", [torch.zeros(1000), torch.ones(1000), torch.full((1000,), 0.5), torch.cat([torch.zeros(900), torch.rand(100)])])
+@pytest.mark.parametrize("invert", [False, True])
+def test_freezing_is_exact_under_ties_and_takes_the_worst(p, invert):
+    q = (torch.arange(1000) % 4 > 0).float()
+    new = g.freeze(p, q, 500, invert)
+    assert new.sum() == 500 and (new <= q).all() and q.sum() == 750
+    frozen, kept = p[(q - new) == 1], p[new == 1]
+    assert (frozen >= kept.max()).all() if invert else (frozen <= kept.min()).all()
+    assert torch.equal(g.freeze(p, q, 750), q)
+
+
+def test_ties_are_broken_at_random_over_the_whole_vector():
+    torch.manual_seed(0)
+    kept = g.freeze(torch.zeros(10_000), torch.ones(10_000), 5000)
+    assert abs(kept[:5000].sum().item() - 2500) < 150
+
+
+def test_values_out_of_range_are_refused():
+    for bad in ({"sparsity": 0}, {"sparsity": 1.44}, {"sparsity": 0.001}, {"period": 11}, {"period": 0}, {"sparsity": math.nan}):
+        with pytest.raises(ValueError):
+            g.mine(tiny(), tiny_batches(), **{"sparsity": 0.5, "epochs": 10, "period": 1, **bad})
+    with pytest.raises(ValueError, match="no batch"):
+        g.mine(tiny(), iter(tiny_batches()), sparsity=0.5, epochs=2, period=1)  # an iterator is spent after one epoch
+
+
+def test_a_lost_layer_is_named_once_and_a_lost_loss_stops_the_run():
+    with pytest.warns(UserWarning, match="fc.weight") as caught:
+        gem = g.mine(tiny(), tiny_batches(), sparsity=0.5, epochs=4, period=1, lam=10.0)
+    assert len(caught) == 1 and gem.q.sum() == 21
+    x, y = tiny_batches()[0]
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        g.mine(tiny(), [(x * math.nan, y)], sparsity=0.5, epochs=2, period=1)
+    with pytest.raises(FloatingPointError):
+        f = g.Network(tiny())
+        g.finetune(f, f.vector(), torch.ones(42).double(), [(x * math.nan, y)], epochs=1)
+
+
+def test_mining_takes_tensors_a_loader_and_ones_own_optimizer():
+    x, y = torch.randn(40, 1, 4, 4), torch.randint(3, (40,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True)
+    used = []
+
+    def schedule(lr, j, E):
+        used.append(j)
+        return lr
+
+    for data in ((x, y), [x, y], loader):
+        gems = [
+            g.mine(tiny(torch.float32), data, sparsity=0.5, epochs=3, period=1, optimizer=g.adam, schedule=schedule, batch_size=16)
+            for _ in range(2)
+        ]
+        assert torch.equal(gems[0].p, gems[1].p)  # the seed fixes the loader's order too
+    assert set(used) == {1, 2, 3}
+    a, b = (g.mine(tiny(torch.float32), (x, y), sparsity=0.5, epochs=3, period=1, seed=s).p for s in (0, 1))
+    assert not torch.equal(a, b)
+
+
+# --- weights and schedules ------------------------------------------------------------------------------------
+
+
+def test_initial_weights():
+    f = g.Network(models.resnet20())
+    w = f.views(g.signed_constant(f))
+    for name, c in [("conv1.weight", 0.2721655), ("layer1.0.conv1.weight", 0.1178511), ("layer2.2.conv2.weight", 0.0833333),
+                    ("layer3.2.conv2.weight", 0.0589256), ("fc.weight", 0.1767767)]:  # fmt: skip
+        assert torch.allclose(w[name].abs(), torch.tensor(c), atol=1e-6)
+        assert abs(w[name].sign().mean()) < 0.2
+    w = f.views(g.kaiming_normal(f))
+    assert abs(w["layer3.2.conv2.weight"].std().item() / 0.0589256 - 1) < 0.02
+    assert torch.equal(g.given(f), f.vector())
+
+
+def test_schedules_end_where_they_should():
+    assert g.cosine(0.1, 1, 150) == 0.1 and math.isclose(g.cosine(0.1, 76, 150), 0.05) and 0 < g.cosine(0.1, 150, 150) < 2e-5
+    rates = [g.multistep(0.01, j, 150) for j in range(1, 151)]
+    assert [sum(math.isclose(v, r) for v in rates) for r in (0.01, 0.001, 0.0001)] == [80, 40, 30]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+    for j in range(1, 31):
+        assert math.isclose(g.cosine(0.1, j, 30), theirs.get_last_lr()[0], abs_tol=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_seeded_leaves_the_callers_random_state_alone():
+    cpu = torch.device("cpu")
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    with g.seeded(cpu, 0, "mine", 1):
+        a = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    draws = []
+    for key in [(0, "mine", 1), (1, "mine", 1), (0, "mine", 2), (0, "finetune", 1)]:
+        with g.seeded(cpu, *key):
+            draws.append(torch.rand(3))
+    assert torch.equal(draws[0], a) and all(not torch.equal(a, other) for other in draws[1:])
+
+
+# --- finetuning and the checks --------------------------------------------------------------------------------
+
+
+def test_finetune_is_masked_sgd():
+    """Against module-by-module training with a mask multiplied in; SGD, momentum 0.9, weight decay 1e-4 on everything."""
+    model, batches = tiny(), tiny_batches()
+    f = g.Network(model)
+    w0 = f.vector()
+    m = (torch.arange(42) % 3 == 0).double()
+    result = g.finetune(f, w0, m, batches, epochs=3, lr=0.1)
+    twin = tiny()
+    conv, fc, mc, mf = twin.conv.weight, twin.fc.weight, *f.views(m).values()
+    velocity = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
+    for j in range(1, 4):
+        for x, y in batches:
+            twin.train()
+            with torch.no_grad():
+                conv.mul_(mc), fc.mul_(mf)
+            loss = F.cross_entropy(twin(x), y)
+            grads = dict(zip(velocity, torch.autograd.grad(loss, list(twin.parameters()))))
+            grads["conv.weight"] = grads["conv.weight"] * mc
+            grads["fc.weight"] = grads["fc.weight"] * mf
+            with torch.no_grad():
+                for n, p in twin.named_parameters():
+                    velocity[n].mul_(0.9).add_(grads[n] + 1e-4 * p)
+                    p -= g.multistep(0.1, j, 3) * velocity[n]
+    expected = f.vector({"conv.weight": conv * mc, "fc.weight": fc * mf})
+    assert torch.allclose(result, expected, atol=1e-10) and not torch.allclose(result, w0 * m)
+    assert (result[m == 0] == 0).all() and torch.equal(f.vector(), result)
+    assert torch.allclose(model.bn.weight, twin.bn.weight, atol=1e-10) and not torch.equal(model.bn.weight, tiny().bn.weight)
+
+
+def test_checks_change_what_they_must_and_keep_what_they_must():
+    f = g.Network(models.resnet20())
+    torch.manual_seed(0)
+    m = (torch.rand(f.d) < 0.1).float()
+    mixed = g.shuffle(f, m, seed=1)
+    assert f.counts(mixed) == f.counts(m) and not torch.equal(mixed, m) and torch.equal(mixed, g.shuffle(f, m, seed=1))
+    overlap = (mixed * m).sum().item() / m.sum().item()
+    assert abs(overlap - 0.1) < 0.02  # K^2/m positions in common (FACTS 12.10)
+    w = g.signed_constant(f)
+    drawn = g.reinit(f, seed=1)
+    assert torch.allclose(drawn.abs(), w.abs()) and 0.45 < (drawn == w).float().mean() < 0.55
+    assert g.reinit(f, g.kaiming_normal).abs().unique().numel() > 1000
+
+
+# --- data -----------------------------------------------------------------------------------------------------
+
+
+def test_batched_crop_and_flip_equal_the_per_image_ones():
+    gen = torch.Generator().manual_seed(0)
+    split = g.Split(torch.randint(256, (10, 6, 6, 3), generator=gen, dtype=torch.uint8), torch.arange(10))
+    stats = ([100.0, 110.0, 120.0], [50.0, 60.0, 70.0])
+    batches = g.Batches(split, stats, 4, train=True, pad=2)
+    torch.manual_seed(7)
+    result = list(batches)
+    torch.manual_seed(7)
+    order, shift, mirror = torch.randperm(10), torch.randint(5, (2, 10, 1)), torch.rand(10, 1) < 0.5
+    assert len(batches) == 3 and [len(y) for _, y in result] == [4, 4, 2]
+    assert torch.equal(torch.cat([y for _, y in result]), order)
+    for x, i in zip(torch.cat([x for x, _ in result]), order.tolist()):
+        image = to_pil_image(split.x[i].permute(2, 0, 1))
+        image = torchvision.transforms.functional.pad(image, 2)
+        image = torchvision.transforms.functional.crop(image, shift[0, i].item(), shift[1, i].item(), 6, 6)
+        if mirror[i]:
+            image = torchvision.transforms.functional.hflip(image)
+        pixels = torchvision.transforms.functional.pil_to_tensor(image).float()
+        expected = (pixels - torch.tensor(stats[0])[:, None, None]) / torch.tensor(stats[1])[:, None, None]
+        assert torch.allclose(x, expected)
+    assert not torch.equal(torch.cat([y for _, y in batches]), order)  # another epoch, another order
+    plain = g.Batches(split, stats, 4)
+    x = torch.cat([x for x, _ in plain])
+    assert torch.allclose(x * torch.tensor(stats[1])[:, None, None] + torch.tensor(stats[0])[:, None, None], split.x.permute(0, 3, 1, 2).float())
+    assert x.shape == (10, 3, 6, 6) and torch.cat([y for _, y in plain]).tolist() == list(range(10))
+
+
+def test_pixel_stats():
+    x = torch.randint(256, (50, 4, 4, 3), dtype=torch.uint8)
+    means, stds = g.pixel_stats(x)
+    assert torch.allclose(torch.tensor(means), x.float().mean((0, 1, 2)), atol=1e-3)
+    assert torch.allclose(torch.tensor(stds), x.float().std((0, 1, 2), correction=0), atol=1e-3)
+    assert g.pixel_stats(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))[1] == [1.0, 1.0, 1.0]
+
+
+def test_shapes_is_fixed_balanced_and_not_linear():
+    data = g.shapes()
+    assert data.train.x.shape == (5000, 32, 32, 3) and data.test.x.shape == (1000, 32, 32, 3) and data.train.x.dtype == torch.uint8
+    assert data.train.y.bincount().tolist() == [500] * 10 and data.test.y.bincount().tolist() == [100] * 10
+    assert torch.equal(g.draw_shapes(1000, 2).x, data.test.x)
+    mean = data.train.x.float().mean((0, 1, 2))
+    assert (mean - 127).abs().max() < 15
+    # A linear classifier in closed form (ridge regression on the pixels), far below what a network reaches.
+    flat = [torch.cat([s.x.flatten(1).float() / 255 - 0.5, torch.ones(len(s.y), 1)], 1) for s in (data.train, data.test)]
+    weights = torch.linalg.solve(flat[0].T @ flat[0] + 30 * torch.eye(flat[0].shape[1]), flat[0].T @ F.one_hot(data.train.y).float())
+    assert ((flat[1] @ weights).argmax(1) == data.test.y).float().mean() < 0.3
+
+
+def test_validation_split_is_the_papers_and_disjoint(monkeypatch):
+    x = torch.arange(500).view(500, 1, 1, 1).expand(500, 1, 1, 3)
+    monkeypatch.setitem(g.LOADERS, "cifar10", lambda root: g.Data(g.Split(x, torch.arange(500)), g.Split(x[:9], torch.arange(9)), 10))
+    full, held = g.load_data("cifar10", "data"), g.load_data("cifar10", "data", held_out=True)
+    assert len(full.train.y) == 500 and len(full.test.y) == 9
+    assert len(held.train.y) == 450 and len(held.test.y) == 50  # 45,000 + 5,000 of 50,000
+    assert sorted(torch.cat([held.train.y, held.test.y]).tolist()) == list(range(500))
+    assert torch.equal(held.test.y, held.test.x[:, 0, 0, 0]) and torch.equal(held.test.y, g.load_data("cifar10", "data", held_out=True).test.y)
+
+
+def picture(i, size=(8, 8)):
+    gen = torch.Generator().manual_seed(i)
+    return to_pil_image(torch.randint(256, (3, *size), generator=gen, dtype=torch.uint8))
+
+
+def make_folder(root, train=6, test=4, size=(8, 8), classes=("cat", "dog")):
+    for part, n in (("train", train), ("test", test)):
+        for k, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                picture(100 * k + i + (part == "test") * 50, size).save(root / part / name / f"{i:03}.png")
+    return root
+
+
+def archive(path, files):
+    """A .tar.gz of {name: bytes}."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def cifar_archive(path, cls, monkeypatch, n=3):
+    """CIFAR's real format: a tar.gz of pickled dicts of uint8 rows, red plane first. Its md5s replace the published ones."""
+    numpy = pytest.importorskip("numpy")
+    fine = cls is torchvision.datasets.CIFAR100
+    key, labels = cls.meta["key"], "fine_labels" if fine else "labels"
+    files, rows = {}, {}
+    for k, (name, _) in enumerate(cls.train_list + cls.test_list):
+        rows[name] = numpy.random.default_rng(k).integers(0, 256, (n, 3072), dtype="uint8")
+        files[name] = pickle.dumps({"data": rows[name], labels: [(k + i) % 10 for i in range(n)]})
+    classes = [f"class{i}" for i in range(100 if fine else 10)]
+    files[cls.meta["filename"]] = pickle.dumps({key: classes})
+    archive(path, {f"{cls.base_folder}/{name}": content for name, content in files.items()})
+    md5 = lambda name: tv_utils.calculate_md5(path.parent / name)  # noqa: E731
+    for name, content in files.items():
+        (path.parent / name).write_bytes(content)
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(cls, part, [[name, md5(name)] for name, _ in getattr(cls, part)])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(cls.meta["filename"])})
+    monkeypatch.setattr(cls, "tgz_md5", md5(path.name))
+    return torch.from_numpy(numpy.concatenate([rows[name] for name, _ in cls.train_list]))
+
+
+def no_network(monkeypatch, serve=None):
+    """Every download fails, but those whose address is in serve = {part of the address: file}. Returns what was asked."""
+    asked = []
+
+    def urlopen(request, *args, **kw):
+        url = getattr(request, "full_url", request)
+        asked.append(url)
+        for part, path in (serve or {}).items():
+            if part in url:
+                response = io.BytesIO(path.read_bytes())
+                response.url, response.length, response.headers = url, len(path.read_bytes()), {}
+                return response
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return asked
+
+
+@pytest.mark.parametrize("name, cls, classes", [("cifar10", torchvision.datasets.CIFAR10, 10), ("cifar100", torchvision.datasets.CIFAR100, 100)])
+def test_cifar_from_an_archive_put_there_by_hand(name, cls, classes, tmp_path, monkeypatch):
+    asked = no_network(monkeypatch)
+    rows = cifar_archive(tmp_path / cls.filename, cls, monkeypatch)
+    for _ in range(2):  # unpacked the first time, found the second
+        data = g.load_data(name, tmp_path)
+        assert data.classes == classes and data.pad == 4 and len(data.test.y) == 3
+        assert torch.equal(data.train.x.permute(0, 3, 1, 2).flatten(1), rows) and data.train.y.dtype == torch.int64
+        assert data.train.y[:3].tolist() == [0, 1, 2]
+        if asked:
+            pytest.fail(f"asked the network for {asked}")
+
+
+def test_cifar10_tries_the_mirror_first_and_checks_what_it_sends(tmp_path, monkeypatch):
+    cls, source = torchvision.datasets.CIFAR10, tmp_path / "source"
+    source.mkdir()
+    cifar_archive(source / cls.filename, cls, monkeypatch)
+    broken = source / "broken"
+    broken.write_bytes(b"not what it should be")
+    asked = no_network(monkeypatch, {"brainchip": broken, "toronto": source / cls.filename})
+    data = g.load_data("cifar10", tmp_path / "data")
+    assert len(data.train.y) == 15 and "brainchip" in asked[0] and "toronto" in asked[-1]
+    no_network(monkeypatch)
+    with pytest.raises(g.InputError, match=r"cifar-10-python.tar.gz.*--dataset shapes"):
+        g.load_data("cifar10", tmp_path / "empty")
+
+
+def test_tinyimagenet_from_its_zip(tmp_path, monkeypatch):
+    file = tmp_path / "tiny-imagenet-200.zip"
+    jpeg = io.BytesIO()
+    picture(0, (64, 64)).save(jpeg, "JPEG")
+    with zipfile.ZipFile(file, "w") as z:
+        for wnid in ("n01443537", "n01629819"):
+            for i in range(2):
+                z.writestr(f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG", jpeg.getvalue())
+            z.writestr(f"tiny-imagenet-200/train/{wnid}/{wnid}_boxes.txt", f"{wnid}_0.JPEG\t0\t0\t9\t9\n")
+        for i, wnid in enumerate(("n01629819", "n01443537", "n01629819")):
+            z.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", jpeg.getvalue())
+        z.writestr("tiny-imagenet-200/val/val_annotations.txt", "val_0.JPEG\tn01629819\t0\t32\t44\t62\nval_1.JPEG\tn01443537\t0\t0\t9\t9\nval_2.JPEG\tn01629819\t0\t0\t9\t9\n")  # fmt: skip
+    no_network(monkeypatch)
+    monkeypatch.setattr(tv_utils, "check_md5", lambda *a, **kw: True)
+    data = g.load_data("tinyimagenet", tmp_path)
+    assert data.train.x.shape == (4, 64, 64, 3) and data.train.y.tolist() == [0, 0, 1, 1]
+    assert data.test.y.tolist() == [1, 0, 1] and data.classes == 2
+    with pytest.raises(g.InputError, match="tiny-imagenet-200.zip"):
+        g.load_data("tinyimagenet", tmp_path / "empty")
+
+
+def test_caltech101_from_its_folder(tmp_path, monkeypatch):
+    for name, n in (("accordion", 6), ("BACKGROUND_Google", 2), ("Faces", 4)):
+        home = tmp_path / "caltech101" / "101_ObjectCategories" / name
+        home.mkdir(parents=True)
+        for i in range(1, n + 1):
+            image = picture(i, (20 + i, 30))
+            (image.convert("L") if i == 1 else image).save(home / f"image_{i:04}.jpg")
+    (tmp_path / "caltech101" / "Annotations").mkdir()
+    no_network(monkeypatch)
+    data, held = g.load_data("caltech101", tmp_path), g.load_data("caltech101", tmp_path, held_out=True)
+    assert data.train.x.shape == (6, 224, 224, 3) and len(data.test.y) == 2 and len(held.test.y) == 2  # 60/20/20
+    assert data.classes == 2 and data.pad == 0 and data.stats[0][0] == 255 * 0.485
+    assert not torch.equal(data.test.x, held.test.x) and torch.equal(data.train.x, held.train.x)
+    with pytest.raises(g.InputError, match="101_ObjectCategories"):
+        g.load_data("caltech101", tmp_path / "empty")
+
+
+def test_folder_of_images(tmp_path):
+    data = g.load_data(f"folder:{make_folder(tmp_path)}", None)
+    assert data.train.x.shape == (12, 8, 8, 3) and data.train.y.tolist() == [0] * 6 + [1] * 6 and data.classes == 2
+    expected = torchvision.transforms.functional.pil_to_tensor(picture(103)).permute(1, 2, 0)
+    assert torch.equal(data.train.x[9], expected)
+    assert g.load_data(f"folder:{tmp_path}", None, image_size=16).test.x.shape == (8, 16, 16, 3)
+    (tmp_path / "test").rename(tmp_path / "val")
+    assert len(g.load_data(f"folder:{tmp_path}", None).test.y) == 8
+
+
+# --- the paper's settings -------------------------------------------------------------------------------------
+
+
+def test_settings_are_the_papers():
+    at = g.paper_setting
+    assert at("resnet20", "cifar10", 0.0144)[3:] == (150, 128, 5, "sgd", 0.1, 1e-4, 0.01, (80, 120))
+    assert at("resnet20", "cifar10", 0.6)[5:10] == (8, "sgd", 0.05, 1e-8, 0.1)
+    assert at("resnet20", "cifar10", 0.03).sparsity == 0.0373 and at("resnet20", "cifar10", 0.006).sparsity == 0.0059
+    assert at("mobilenetv2", "cifar10", 0.0144).lam == 1.5e-5 and at("vgg16", "cifar10", 0.01).optimizer == "adam"
+    assert at("resnet18", "tinyimagenet", 0.05)[3:8] == (200, 256, 5, "adam", 0.001)
+    assert at("resnet50", "caltech101", 0.05)[3:] == (50, 16, 5, "adam", 0.01, 1e-6, 1e-4, (20, 40))
+    assert at("resnet20", "folder:x", 0.0144).model == "resnet20" and at("resnet32", "cifar100", 0.05).model == "resnet20"
+    for row in map(lambda row: g.Setting(*row), g.PAPER):
+        assert row.model in models.MODELS and row.dataset in g.LOADERS and 0 < row.sparsity <= 1
+        assert row.period <= row.epochs and all(0 < t < row.epochs for t in row.milestones)
+
+
+def test_the_period_shrinks_with_the_epochs():
+    def plan(*argv):
+        return g.complete(g.parser().parse_args(argv))
+
+    assert (plan().epochs, plan().period) == (150, 5)
+    assert plan("--epochs", "60").period == 2 and plan("--epochs", "10").period == 1 and plan("--epochs", "3000").period == 100
+    assert plan("--epochs", "3000", "--period", "150").period == 150 and plan("--epochs", "10").finetune_epochs == 10
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("pictures"), train=8, test=5)
+
+
+def command(pictures, out, *more):
+    return ["--dataset", f"folder:{pictures}", "--epochs", "3", "--batch-size", "8", "--out", str(out), "--device", "cpu", *more]
+
+
+def stop_after(monkeypatch, n):
+    """Ctrl-C right after the n-th checkpoint."""
+    real, left = g.save, [n]
+
+    def save(path, content):
+        real(path, content)
+        left[0] -= path.name == "checkpoint.pt"
+        if left[0] == 0 and path.name == "checkpoint.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(g, "save", save)
+
+
+def artefacts(out):
+    """Everything a run leaves that must not depend on time or interruptions."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    result = json.loads((out / "result.json").read_text())
+    for row in [*rows, result]:
+        row.pop("seconds")
+    result.pop("command")
+    return rows, result, torch.load(out / "gem.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory):
+    """One undisturbed run with all checks."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert g.main(command(pictures, out, "--checks")) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished, pictures, capsys):
+    rows, result, file = artefacts(finished)
+    d, kept = g.Network(models.resnet20(2)).d, round(0.0144 * 267_824)
+    assert d == 267_824 and result["total"] == d and result["kept"] == result["kept_q"] == kept >= result["kept_m"]
+    assert sum(layer["kept"] for layer in result["layers"]) == kept and sum(layer["total"] for layer in result["layers"]) == d
+    for key in "model dataset method sparsity layers pre_finetune_acc post_finetune_acc epochs seed device torch checks".split():
+        assert key in result
+    assert [(row["phase"], row["epoch"]) for row in rows] == [
+        (phase, j) for phase in ("mine", "finetune", "shuffle", "reinit", "invert (mine)", "invert") for j in (1, 2, 3)
+    ]
+    assert result["pre_finetune_acc"] == rows[2]["test_acc"] and result["post_finetune_acc"] == rows[5]["test_acc"]
+    assert [result["checks"][name]["post_finetune_acc"] for name in ("shuffle", "reinit", "invert")] == [rows[i]["test_acc"] for i in (8, 11, 17)]
+
+    # gem.pt: each network in it, loaded into a plain module, gives the accuracy that was reported.
+    _, test = load_pictures(pictures)
+    for part, acc in (("gem", "pre_finetune_acc"), ("finetuned", "post_finetune_acc")):
+        model = models.build(file["model"], 2)
+        model.load_state_dict(file[part])
+        assert math.isclose(g.accuracy(model, test), result[acc], abs_tol=1e-4)
+    weights = {n: t for n, t in file["finetuned"].items() if n in file["mask"]}
+    assert sum(int((t != 0).sum()) for t in weights.values()) <= kept
+    assert all((t[~file["mask"][n]] == 0).all() for n, t in weights.items())
+    assert sum(int(t.sum()) for t in file["mask"].values()) == kept
+    models.build("resnet20", 2).load_state_dict(file["initial"])
+    assert all(t.unique().numel() == 2 for n, t in file["initial"].items() if n in file["mask"])  # +-c, untouched
+    assert all(0 <= t.min() and t.max() <= 1 for t in file["scores"].values())
+
+
+def load_pictures(pictures):
+    data = g.load_data(f"folder:{pictures}", None)
+    stats = g.pixel_stats(data.train.x)
+    return g.Batches(data.train, stats, 8), g.Batches(data.test, stats, 1000)
+
+
+def test_what_a_run_shows(pictures, tmp_path, capsys):
+    assert g.main(command(pictures, tmp_path / "run", "--epochs", "2")) == 0
+    out, err = capsys.readouterr()
+    assert "d = 267,824; keep 3,857 (1.44%" in out and "freezing every 1" in out and "3,857 of 267,824 weights: 1.440%" in out
+    lines = [line for line in out.splitlines() if line.startswith(("mine ", "finetune "))]
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1 == len({len(line) for line in [*lines[:1], g.Run.HEAD]})
+    assert out.count("#") > 10 and "conv1.weight" in out and not err
+
+
+def test_same_seed_same_bits(finished, pictures, tmp_path):
+    assert g.main(command(pictures, tmp_path / "run", "--checks")) == 0
+    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+
+
+@pytest.mark.parametrize("stops", [(1,), (3,), (4, 1), (6,), (7, 5), (13,), (15,), (17,)])
+def test_resumed_equals_uninterrupted(stops, finished, pictures, tmp_path, monkeypatch, capsys):
+    """Interrupted in and between all phases: 1 mining, 3 its end, 4 finetuning, 6 its end, 7.. the checks."""
+    argv, resume = command(pictures, tmp_path / "run", "--checks"), []
+    for n in stops:
+        with monkeypatch.context() as patch:
+            stop_after(patch, n)
+            assert g.main(argv + resume) == 130
+        assert "--resume" in capsys.readouterr().err
+        resume = ["--resume"]
+    assert g.main(argv + resume) == 0
+    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+
+
+def test_checks_can_be_added_to_a_finished_run(finished, pictures, tmp_path):
+    argv = command(pictures, tmp_path / "run")
+    assert g.main(argv) == 0 and "checks" not in artefacts(tmp_path / "run")[1]
+    assert g.main([*argv, "--checks", "--resume"]) == 0
+    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+
+
+def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
+    more = ("--rounding", "random", "--optimizer", "adam", "--lr", "0.05", "--finetune-mask", "m")
+    assert g.main(command(pictures, tmp_path / "a", *more)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert g.main(command(pictures, tmp_path / "b", *more)) == 130
+    assert g.main(command(pictures, tmp_path / "b", *more, "--resume")) == 0
+    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "a"), artefacts(tmp_path / "b")))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--model vgg16", "--sparsity 0.1", "--image-size 32", "--val", "--seed 1", "--epochs 2", "--period 2", "--batch-size 4",
+     "--optimizer adam", "--lr 0.5", "--lam 0.1", "--penalty l1 --lam 0.01", "--rounding random", "--bf16"],
+)  # fmt: skip
+def test_every_flag_of_mining_changes_the_mining(flags, finished, pictures, tmp_path, monkeypatch):
+    if "vgg" in flags:
+        flags += " --image-size 32"
+    monkeypatch.setattr(g, "finetune", lambda f, w, m, *a, on_epoch, **kw: on_epoch(dict(epoch=1, lr=0, q=1, m=1, loss=0, train_acc=0), w, {}) or w)
+    assert g.main(command(pictures, tmp_path / "run", *flags.split())) == 0
+    _, result, file = artefacts(tmp_path / "run")
+    assert not same(file["scores"], artefacts(finished)[2]["scores"])
+
+
+@pytest.mark.parametrize("flags", ["--finetune-mask m", "--finetune-epochs 2", "--finetune-lr 0.2"])
+def test_every_flag_of_finetuning_changes_the_finetuning_alone(flags, finished, pictures, tmp_path):
+    assert g.main(command(pictures, tmp_path / "run", *flags.split())) == 0
+    file, base = artefacts(tmp_path / "run")[2], artefacts(finished)[2]
+    assert same(file["scores"], base["scores"]) and not same(file["finetuned"], base["finetuned"])
+    if "mask" in flags:
+        m = {n: (file["scores"][n] >= 0.5) & file["q"][n] for n in file["q"]}
+        assert same(file["mask"], m)
+
+
+def test_the_other_flags_do_something(pictures, tmp_path, monkeypatch, capsys):
+    """--data-dir, --compile, --device and the default of --out; --checks, --resume and --out are tested above."""
+    seen = {}
+    monkeypatch.setitem(g.LOADERS, "cifar10", lambda root: seen.update(root=root) or g.load_data(f"folder:{pictures}", None))
+    monkeypatch.setattr(torch, "compile", lambda call: seen.update(compiled=True) or call)
+    monkeypatch.chdir(tmp_path)
+    assert g.main(["--epochs", "1", "--data-dir", "elsewhere", "--compile", "--device", "cpu"]) == 0
+    assert seen == {"root": Path("elsewhere"), "compiled": True}
+    assert (tmp_path / "runs" / "resnet20-cifar10-0.0144-seed0" / "result.json").exists()
+    handled = {a.option_strings[0] for a in g.parser()._actions} - {"-h"}
+    assert handled == set(
+        "--model --dataset --sparsity --image-size --val --seed --epochs --period --batch-size --optimizer --lr --lam --penalty --rounding"
+        " --finetune-mask --finetune-epochs --finetune-lr --checks --out --resume --data-dir --device --bf16 --compile".split()
+    )  # a new flag needs a test
+
+
+def refused(argv, capsys, *words):
+    """The command ends with code 2 and one line that says all of the words."""
+    capsys.readouterr()
+    assert g.main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err and err.startswith("gem_miner.py: error: "), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--sparsity 0", ["KEPT"]), ("--sparsity -0.1", ["KEPT"]), ("--sparsity 1.44", ["0.0144"]), ("--sparsity 144", ["KEPT"]),
+        ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
+        ("--epochs 0", ["--epochs"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
+        ("--lr nan", ["--lr"]), ("--lr 0", ["--lr"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]), ("--batch-size 0", ["--batch-size"]),
+        ("--seed -1", ["--seed"]), ("--finetune-epochs 0", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
+        ("--model resnet21", ["resnet21", "resnet20"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
+        ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
+        ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8"]),
+        ("--dataset folder:", ["folder"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--lam 1e39", ["not finite"]),
+    ],
+)  # fmt: skip
+def test_bad_flags(flags, words, pictures, tmp_path, capsys, monkeypatch):
+    if "cuda" in flags:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(command(pictures, tmp_path / "run", *flags.split()), capsys, *words)
+
+
+def test_bad_folders(tmp_path, capsys):
+    def try_folder(*words, **kw):
+        refused(command(tmp_path, tmp_path / "run"), capsys, *words)
+
+    try_folder("'train'")
+    make_folder(tmp_path)
+    (tmp_path / "train" / "cow").mkdir()
+    try_folder("cow")
+    make_folder(tmp_path, classes=["cow"])
+    (tmp_path / "test" / "cow").rename(tmp_path / "cow")
+    try_folder("same class folders", "cow")
+    (tmp_path / "cow").rename(tmp_path / "test" / "cow")
+    picture(0, (8, 9)).save(tmp_path / "train" / "dog" / "002.png")
+    try_folder("002.png", "9x8", "8x8", "--image-size")
+    (tmp_path / "train" / "dog" / "002.png").write_bytes(b"no picture")
+    try_folder("cannot read", "002.png")
+    (tmp_path / "train" / "dog" / "002.png").write_bytes((tmp_path / "train" / "dog" / "001.png").read_bytes()[:60])
+    try_folder("cannot read", "002.png")
+
+
+def test_bad_run_folders(finished, pictures, tmp_path, capsys):
+    refused(command(pictures, finished), capsys, "already holds a run", "--resume")
+    refused(command(pictures, finished, "--resume", "--sparsity", "0.05"), capsys, "--sparsity 0.0144", "not 0.05")
+    refused(command(pictures, finished, "--resume", "--model", "resnet32"), capsys, "--model resnet20", "not resnet32")
+    refused(command(pictures, tmp_path / "new", "--resume"), capsys, "nothing to resume")
+    (tmp_path / "file").write_text("")
+    refused(command(pictures, tmp_path / "file"), capsys, "cannot write")
+    refused(command(pictures, tmp_path / "file" / "below"), capsys, "cannot write")
+    content = (finished / "checkpoint.pt").read_bytes()
+    for damage in (content[:1000], b"", b"x" * 500, content[:-300]):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "checkpoint.pt").write_bytes(damage)
+        refused(command(pictures, tmp_path / "damaged", "--resume"), capsys, "checkpoint.pt", "damaged")
+    torch.save({"a": 1}, tmp_path / "damaged" / "checkpoint.pt")
+    refused(command(pictures, tmp_path / "damaged", "--resume"), capsys, "not a checkpoint")
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, capsys, monkeypatch):
+    no_network(monkeypatch)
+    for name, file in (("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("tinyimagenet", "tiny-imagenet-200.zip"), ("caltech101", "101_ObjectCategories")):
+        refused(["--dataset", name, "--data-dir", tmp_path / "data", "--out", tmp_path / name], capsys, file, "--dataset shapes")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(pictures, tmp_path, monkeypatch, capsys):
+    argv = command(pictures, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert g.main(argv) == 130
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "l2", lambda p: p.sum() * math.nan)
+        refused([*argv, "--resume"], capsys, "not finite in epoch 2")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert g.main([*argv, "--resume"]) == 0
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    g.save(tmp_path / "a", "first")
+    monkeypatch.setattr(g.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        g.save(tmp_path / "a", "second, cut short")
+    assert (tmp_path / "a").read_text() == "first"
+
+
+def test_the_transfer_task_starts_from_pretrained_weights(tmp_path, monkeypatch):
+    """--model resnet50 --dataset caltech101: torchvision's weights, affine BatchNorm, a new bias-free last layer."""
+    theirs = torchvision.models.resnet50()
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.__class__, "get_state_dict", lambda self, progress: theirs.state_dict())
+    x = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    split = g.Split(x, torch.tensor([0, 1, 2, 100]))
+    monkeypatch.setitem(g.LOADERS, "caltech101", lambda root: g.Data(split, split, 101, pad=0, stats=([120.0] * 3, [60.0] * 3), val=split))
+    args = g.complete(g.parser().parse_args(["--model", "resnet50", "--dataset", "caltech101", "--out", str(tmp_path), "--device", "cpu"]))
+    f, train, _, init = g.prepare(args)
+    assert init is g.given and f.shapes[-1] == (101, 2048) and f.model.bn1.affine and f.model.fc.bias is None
+    assert torch.equal(f.views(init(f))["layer3.5.conv2.weight"], theirs.layer3[5].conv2.weight)
+    x = next(iter(train))[0]
+    assert torch.allclose(x.mean((0, 2, 3)), torch.full((3,), 0.1), atol=0.2)
+
+
+# --- for one's own network; the README ------------------------------------------------------------------------
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_file_alone_can_be_copied(tmp_path):
+    """gem_miner.py alone: no models.py, no torchvision, nothing printed, nothing drawn at import."""
+    (tmp_path / "gem_miner.py").write_text((HERE / "gem_miner.py").read_text())
+    [example] = [b for b in blocks("python") if "import gem_miner" in b or "from gem_miner" in b]
+    script = f"import sys, torch\nbefore = torch.get_rng_state()\nimport gem_miner\nassert torch.equal(before, torch.get_rng_state())\n{example}\nassert not {{'torchvision', 'models'}} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["gem_miner.py"]
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
+    """Every `python gem_miner.py ...` of the README is understood; those that need no download also run, made small."""
+    commands = [line for b in blocks("bash") for line in b.splitlines() if line.startswith("python gem_miner.py")]
+    assert len(commands) >= 4
+    monkeypatch.setattr(g, "shapes", None)
+    monkeypatch.setitem(g.LOADERS, "shapes", lambda root: g.Data(g.draw_shapes(40, 1), g.draw_shapes(20, 2), 10))
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for line in commands:
+        argv = shlex.split(line.split("#")[0])[2:]
+        args = g.parser().parse_args([a for a in argv if a != "cuda"])
+        if args.dataset == "shapes" and not args.resume:
+            ran += 1
+            assert g.main([*argv, "--epochs", "1", "--out", str(tmp_path / str(ran))]) == 0
+    assert ran >= 1
+
+
+def test_the_readmes_setup_and_test_commands_are_what_ci_runs():
+    ci = (HERE / ".ci" / "run").read_text()
+    assert "README.md" in ci and "pip install -r requirements.txt" in README
+    assert any(line.startswith("pytest") or line.startswith("python -m pytest") for b in blocks("bash") for line in b.splitlines())
+
+
+def test_the_header_lists_every_deviation():
+    source = (HERE / "gem_miner.py").read_text()
+    listed = re.findall(r"^    (\d)\. ", g.__doc__, re.M)
+    assert listed == [str(i) for i in range(1, len(listed) + 1)]
+    for i in listed:
+        assert f"Deviation {i}" in source.replace(g.__doc__, ""), i
+        assert re.search(rf"^{i}\. ", README, re.M)
+
+
+def test_only_the_allowed_packages_are_imported():
+    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "pytest", "models", "gem_miner"}
+    for file in ("gem_miner.py", "models.py", "test_gem_miner.py"):
+        for node in ast.walk(ast.parse((HERE / file).read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= allowed
+
+
+# --- GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_agrees_with_cpu(pictures):
+    data = g.load_data(f"folder:{pictures}", None)
+    stats = g.pixel_stats(data.train.x)
+    gems = []
+    for device in ("cpu", "cuda"):
+        split = g.Split(*(t.to(device) for t in data.train))
+        torch.manual_seed(0)
+        model = models.resnet20(2).to(device)
+        gems.append(g.mine(model, g.Batches(split, stats, 8, train=True, pad=2), sparsity=0.5, epochs=1, period=1))
+    assert torch.equal(gems[0].w, gems[1].w.cpu())
+    assert torch.allclose(gems[0].p, gems[1].p.cpu(), atol=1e-3)
+    assert (gems[0].q != gems[1].q.cpu()).float().mean() < 0.01
