@@ -7,9 +7,9 @@ reach p as if r were the identity (straight-through). A penalty on p pushes the 
 the worst of the surviving scores are frozen out for good. What survives is a rare gem: a sparse subnetwork that
 classifies well before any training, and that trains to high accuracy ("finetuning").
 
-    python gem_miner.py --model resnet20 --sparsity 0.0144 --dataset shapes --epochs 10    # a demonstration, no download
-    python gem_miner.py --model resnet20 --sparsity 0.0144                                 # the paper's CIFAR-10 experiment
-    python gem_miner.py --model resnet20 --sparsity 0.0144 --checks                        # and its sanity checks
+    python gem_miner.py --model resnet20 --sparsity 0.0144 --dataset shapes --epochs 10  # demonstration, no download
+    python gem_miner.py --model resnet20 --sparsity 0.0144                               # the paper's CIFAR-10 run
+    python gem_miner.py --model resnet20 --sparsity 0.0144 --checks                      # with its sanity checks
 
 Symbols, as in the paper (all vectors are in R^d, where d counts every Conv and Linear weight of the network):
     w  weights, random and fixed          r(p)  rounding, 1[p >= 0.5]          E    epochs          eta  learning rate
@@ -109,6 +109,7 @@ def mine(
     Returns a Gem, and leaves the model holding w * m. Raises ValueError for values out of range and
     FloatingPointError for a loss that is not finite. Biases and affine BatchNorm stay as they are.
     """
+    # fmt: off
     f = Network.of(model)
     s, E, T, eta, d = sparsity, epochs, period, lr, f.d
     if not 0 < s <= 1 or round(s * d) < 1:
@@ -129,15 +130,15 @@ def mine(
     for j in range(state["epoch"] + 1 if state else 1, E + 1):                 # line 4
         with epoch(f, opt, schedule(eta, j, E), seed, "mine", j) as tally:
             for x, y in minibatches(train, batch_size, f.device):              # line 5
-                w_eff = (w * q) * r(p)                                  # line 6
+                w_eff = (w * q) * r(p)                                         # line 6
                 loss = tally(f(w_eff, x), y) + lam * penalty(p)
                 p.grad = torch.autograd.grad(loss, p)[0]                       # line 7, straight through r
                 opt.step()
                 p.data.clamp_(0, 1)                                            # line 8, proj onto [0,1]^d
             if j % T == 0:                                                     # line 10
                 q = freeze(p.detach(), q, bound(s, d, j, E, T), invert)        # lines 11-15
-            m = r(p.detach()) * q                                       # the output
-        row = {"epoch": j, "lr": schedule(eta, j, E), **tally.means(j, p), "q": int(q.sum()), "m": int(m.sum())}
+            m = r(p.detach()) * q                                              # the output
+        row = {"epoch": j, "lr": schedule(eta, j, E), **tally.means(j, p), "q": int(q.count_nonzero()), "m": int(m.count_nonzero())}
         empty = [name for name, n in f.counts(m).items() if n == 0]
         if empty and not collapsed:
             warnings.warn(f"no weight is left in {', '.join(empty)}: lower lambda or raise the sparsity", stacklevel=2)
@@ -147,6 +148,7 @@ def mine(
             on_epoch(row, w * m, {"epoch": j, **parts, "optimizer": opt.state_dict(), "rest": f.rest()})
     f.load(w * m)
     return Gem(w, p.detach(), q, m)
+    # fmt: on
 
 
 def bound(s, d, j, E, T):
@@ -158,6 +160,7 @@ def bound(s, d, j, E, T):
 
 def freeze(p, q, n_keep, invert=False):
     """Lines 11 to 15: q with all but n_keep of its ones set to 0, those of the smallest scores (invert: largest)."""
+    # fmt: off
     alive = q.nonzero().squeeze(1)                                             # line 11, I_1
     # Many scores are exactly 0. Shuffling before the stable sort breaks such ties at random; by position, they
     # would empty the first layers first.
@@ -167,6 +170,7 @@ def freeze(p, q, n_keep, invert=False):
     q = q.clone()
     q[bottom] = 0                                                              # line 15
     return q
+    # fmt: on
 
 
 class Network(nn.Module):
@@ -183,9 +187,9 @@ class Network(nn.Module):
         self.call = torch.compile(functional_call) if compile else functional_call
         self.weights = {}
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and isinstance(module.weight, nn.Parameter):
-                if all(module.weight is not w for w in self.weights.values()):
-                    self.weights[f"{name}.weight".lstrip(".")] = module.weight
+            weight = module.weight if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
+            if isinstance(weight, nn.Parameter) and all(weight is not w for w in self.weights.values()):
+                self.weights[f"{name}.weight".lstrip(".")] = weight
         if not self.weights:
             raise ValueError("this model has no Conv or Linear weight: there is nothing to prune")
         self.names = list(self.weights)
@@ -239,7 +243,7 @@ class Network(nn.Module):
 
     def counts(self, m):
         """{name: number of ones that the mask m has in that layer}."""
-        return dict(zip(self.names, torch.stack([u.sum() for u in m.split(self.sizes)]).int().tolist()))
+        return dict(zip(self.names, torch.stack([u.count_nonzero() for u in m.split(self.sizes)]).tolist()))
 
     def he_std(self):
         """sqrt(2 / fan_in) of the layer that each weight belongs to (He et al., 2015), as a vector (d,)."""
@@ -333,9 +337,12 @@ def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
     return eta * 0.1 ** sum(j > round(E * t) for t in milestones)
 
 
+sgd_decayed = functools.partial(sgd, weight_decay=1e-4)  # the authors' configuration; the paper does not say
+
+
 def finetune(
-    model, w, m, train, *, epochs=150, lr=0.01, optimizer=functools.partial(sgd, weight_decay=1e-4),
-    schedule=multistep, batch_size=128, seed=0, on_epoch=None, state=None,
+    model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, schedule=multistep,
+    batch_size=128, seed=0, on_epoch=None, state=None,
 ):  # fmt: skip
     """Train the weights w (d,) under the fixed mask m (d,), both in the order of Network.names (paper, A.3.2).
 
@@ -361,7 +368,7 @@ def finetune(
                 opt.step()
         means = tally.means(j, w)
         if on_epoch:
-            kept = int(m.sum())
+            kept = int(m.count_nonzero())
             row = {"epoch": j, "lr": schedule(lr, j, epochs), **means, "q": kept, "m": kept}
             parts = {"w": w.detach(), "m": m}
             on_epoch(row, w.detach() * m, {"epoch": j, **parts, "optimizer": opt.state_dict(), "rest": f.rest()})
@@ -546,7 +553,7 @@ def pixel_stats(x):
     code. (The .2023 .1994 .2010 found in many repositories is not the standard deviation of the pixels.)
     """
     levels = torch.arange(256, dtype=torch.float64)
-    shares = [torch.bincount(c.flatten(), minlength=256) / c.numel() for c in x.unbind(3)]
+    shares = [torch.bincount(c.flatten(), minlength=256).double() / c.numel() for c in x.unbind(3)]
     means = [(h * levels).sum().item() for h in shares]
     stds = [(h * (levels - mean) ** 2).sum().sqrt().item() for h, mean in zip(shares, means)]
     return means, [max(std, 1.0) for std in stds]  # a constant channel is only centred
@@ -622,7 +629,7 @@ def folder(path, image_size=None):
 
     held = [path / name for name in ("test", "val") if (path / name).is_dir()]
     if not (path / "train").is_dir() or not held:
-        raise InputError(f"{path} needs a folder 'train' and a folder 'test' (or 'val') with one folder per class in each")
+        raise InputError(f"{path} needs folders 'train' and 'test' (or 'val'), each with one folder per class")
     try:
         train, test = ImageFolder(path / "train"), ImageFolder(held[0])
     except (OSError, ValueError) as e:  # no class folder, or a class without images
@@ -672,19 +679,20 @@ def draw_shapes(n, seed, size=32):
         return low + (high - low) * torch.rand(*dims, generator=g)
 
     def polygon(u, v, corners):
-        return torch.stack([u * math.cos(a) + v * math.sin(a) for a in (k * math.tau / corners for k in range(corners))]).amax(0)
+        sides = [k * math.tau / corners for k in range(corners)]
+        return torch.stack([u * math.cos(a) + v * math.sin(a) for a in sides]).amax(0)
 
-    kinds = [  # negative inside, for coordinates u, v with the shape about 1 wide
-        lambda u, v: u.hypot(v) - 0.9,                                                               # disc
-        lambda u, v: (u.hypot(v) - 0.75).abs() - 0.2,                                                # ring
-        lambda u, v: polygon(u, v, 3) - 0.55,                                                        # triangle
-        lambda u, v: polygon(u, v, 4) - 0.75,                                                        # square
-        lambda u, v: (polygon(u, v, 4) - 0.65).abs() - 0.18,                                         # frame
-        lambda u, v: torch.maximum(polygon(u, v, 4) - 0.95, u.abs().minimum(v.abs()) - 0.28),        # cross
-        lambda u, v: u.hypot(v) - 0.65 - 0.35 * (5 * torch.atan2(v, u)).cos(),                       # star
-        lambda u, v: torch.maximum(u.hypot(v) - 0.95, 0.75 - (u - 0.45).hypot(v)),                   # crescent
-        lambda u, v: torch.maximum(u.hypot(v) - 1, -u),                                              # half disc
-        lambda u, v: torch.maximum(polygon(u, v, 4) - 0.9, 0.2 - u.abs()),                           # two bars
+    kinds = [  # below 0 inside the shape, which is about 2 units wide
+        lambda u, v: u.hypot(v) - 0.9,                                                         # disc
+        lambda u, v: (u.hypot(v) - 0.75).abs() - 0.2,                                          # ring
+        lambda u, v: polygon(u, v, 3) - 0.55,                                                  # triangle
+        lambda u, v: polygon(u, v, 4) - 0.75,                                                  # square
+        lambda u, v: (polygon(u, v, 4) - 0.65).abs() - 0.18,                                   # frame
+        lambda u, v: torch.maximum(polygon(u, v, 4) - 0.95, u.abs().minimum(v.abs()) - 0.28),  # cross
+        lambda u, v: u.hypot(v) - 0.65 - 0.35 * (5 * torch.atan2(v, u)).cos(),                 # star
+        lambda u, v: torch.maximum(u.hypot(v) - 0.95, 0.75 - (u - 0.45).hypot(v)),             # crescent
+        lambda u, v: torch.maximum(u.hypot(v) - 1, -u),                                        # half disc
+        lambda u, v: torch.maximum(polygon(u, v, 4) - 0.9, 0.2 - u.abs()),                     # two bars
     ]  # fmt: skip
     y = torch.arange(n) % len(kinds)
     t = (2 * torch.arange(size) + 1) / size - 1  # pixel centres in [-1, 1]
@@ -718,13 +726,11 @@ LOADERS = {
 
 
 def save(path, content):
-    """Write bytes, text or (by torch.save) anything else to path: wholly, or not at all."""
-    if not isinstance(content, (bytes, str)):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        content = buffer.getvalue()
+    """Write text, or (by torch.save) anything else, to path: wholly, or not at all."""
+    buffer = io.BytesIO()
+    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_bytes(buffer.getbuffer())
     os.replace(part, path)
 
 
@@ -737,40 +743,44 @@ def load(path, device="cpu"):
 
 
 class Run:
-    """The folder of one run, its phases one after the other, each continued where the checkpoint left it.
+    """The folder of one run, and its phases one after the other, each continued where the checkpoint left it.
 
     log.jsonl       a row an epoch
     checkpoint.pt   what --resume needs: the settings, the log, and the state of the phase under way
-    gem.pt          the gem; from the end of mining on
-    result.json     the figures; at the end
+    gem.pt          from the end of mining on: the gem, as named tensors
+    result.json     at the end: the figures
     """
 
+    HEAD = "phase            epoch         lr    loss  train %  test %     q %  r(p)q %  seconds      left"
+
     def __init__(self, out, settings, resume=False, device="cpu"):
-        self.out, self.settings, self.rows, self.phase, self.state = Path(out), settings, [], None, None
+        self.out, self.settings, self.rows, self.phase, self.state = out, settings, [], None, None
         self.remaining = 0  # epochs to come, for the time left
-        checkpoint = self.out / "checkpoint.pt"
         if resume:
-            if not checkpoint.is_file():
-                raise InputError(f"nothing to resume in {out}: run the same command without --resume")
-            try:
-                saved = load(checkpoint, device)
-                self.rows, self.phase, self.state = saved["rows"], saved["phase"], saved["state"]
-                theirs = saved["settings"]
-            except (KeyError, TypeError) as e:
-                raise InputError(f"{checkpoint} is not a checkpoint of this program: choose another --out") from e
-            for key, value in settings.items():
-                if theirs.get(key) != value:
-                    flag = "--" + key.replace("_", "-")
-                    raise InputError(f"{out} holds a run with {flag} {theirs.get(key)}, not {value}: resume it with that")
-            save(self.out / "log.jsonl", self.log())  # the log may be one row behind the checkpoint
-        elif any((self.out / name).exists() for name in ("checkpoint.pt", "gem.pt", "result.json")):
+            self.continue_from(out / "checkpoint.pt", device)
+        elif any((out / name).exists() for name in ("checkpoint.pt", "gem.pt", "result.json")):
             raise InputError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
-        else:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                save(self.out / "log.jsonl", "")
-            except OSError as e:
-                raise InputError(f"cannot write to {out} ({e.strerror or e}): choose another --out") from e
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.save("log.jsonl", self.log())  # on resuming, the file may be a row behind the checkpoint
+        except OSError as e:
+            raise InputError(f"cannot write to {out} ({e.strerror}): choose another --out") from e
+
+    def continue_from(self, checkpoint, device):
+        if not checkpoint.is_file():
+            raise InputError(f"nothing to resume in {self.out}: run the same command without --resume")
+        saved = load(checkpoint, device)
+        try:
+            theirs, self.rows, self.phase, self.state = (saved[k] for k in ("settings", "rows", "phase", "state"))
+        except (KeyError, TypeError) as e:
+            raise InputError(f"{checkpoint} is not a checkpoint of this program: choose another --out") from e
+        for key, ours in self.settings.items():
+            if theirs.get(key) != ours:
+                flag = "--" + key.replace("_", "-")
+                raise InputError(f"{self.out} holds a run with {flag} {theirs.get(key)}, not {ours}: resume it with that")
+
+    def save(self, name, content):
+        save(self.out / name, content)
 
     def log(self):
         return "".join(json.dumps(row) + "\n" for row in self.rows)
@@ -781,46 +791,36 @@ class Run:
         return next((row for row in reversed(self.rows) if row["phase"] == phase), None)
 
     def do(self, phase, train, f, *args, data, test, epochs, **kw):
-        """train(f, *args, data, epochs=epochs, ...) with its rows shown, logged and checkpointed.
+        """train(f, *args, data, epochs=epochs, **kw) with its rows shown, logged and checkpointed.
 
         Returns its result, or None if the checkpoint is past this phase.
         """
-        last = self.last(phase)
+        last, clock = self.last(phase), time.perf_counter()
+        self.remaining -= last["epoch"] if last else 0
         if last and self.phase != phase:
-            self.remaining -= epochs
             return None
-        clock = time.perf_counter()
 
         def on_epoch(row, v, state):
             nonlocal clock
             row = {"phase": phase, **row, "test_acc": accuracy(f, test, v)}
-            now = time.perf_counter()
-            row["seconds"], clock = round(now - clock, 3), now
+            row["seconds"], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
             self.remaining -= 1
             self.rows.append(row)
             self.show(row, f.d)
-            save(self.out / "checkpoint.pt", {"settings": self.settings, "rows": self.rows, "phase": phase, "state": state})
-            save(self.out / "log.jsonl", self.log())
+            self.save("checkpoint.pt", {"settings": self.settings, "rows": self.rows, "phase": phase, "state": state})
+            self.save("log.jsonl", self.log())
 
-        state = self.state if last else None
-        self.phase = phase
-        if last:
-            self.remaining -= last["epoch"]
+        state, self.phase = self.state if last else None, phase
         return train(f, *args, Watched(data), epochs=epochs, on_epoch=on_epoch, state=state, **kw)
 
-    HEAD = "phase            epoch         lr    loss  train %  test %     q %  r(p)q %  seconds      left"
-
     def show(self, row, d):
-        left = self.remaining * row["seconds"]
+        left = int(self.remaining * row["seconds"])
         print(
             f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f} {row['train_acc']:>8.2f}"
             f" {row['test_acc']:>7.2f} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f} {row['seconds']:>8.1f}"
-            f" {int(left // 3600):>3}:{int(left // 60 % 60):02}:{int(left % 60):02}",
+            f" {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
             flush=True,
         )
-
-
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""
 
 
 class Watched:
@@ -838,6 +838,9 @@ class Watched:
             yield batch
 
 
+CLEAR = "\r\033[K" if sys.stdout and sys.stdout.isatty() else ""
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------------------
@@ -851,49 +854,58 @@ class Parser(argparse.ArgumentParser):
 def fraction(text):
     value = float(text)
     if 1 < value <= 100:
-        raise argparse.ArgumentTypeError(f"it is the fraction of weights KEPT, in (0, 1]: did you mean {value / 100:g}?")
+        raise argparse.ArgumentTypeError(f"the fraction of weights KEPT, in (0, 1]: did you mean {value / 100:g}?")
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"it is the fraction of weights KEPT, in (0, 1], such as 0.0144: not {text}")
+        raise argparse.ArgumentTypeError(f"the fraction of weights KEPT, in (0, 1], such as 0.0144: not {text}")
     return value
 
 
-def at_least(low, kind, strict=False):
-    def check(text):
-        value = kind(text)
-        if not (value > low if strict else value >= low) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {low}: not {text}")
-        return value
-
-    check.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own messages
-    return check
+def whole(text, low=0):
+    value = int(text)
+    if value < low:
+        raise argparse.ArgumentTypeError(f"must be at least {low}: not {text}")
+    return value
 
 
-fraction.__name__ = "number"
+def count(text):
+    return whole(text, 1)
+
+
+def weight(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on: not {text}")
+    return value
+
+
+def rate(text):
+    if weight(text) == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(text)
 
 
 def parser():
     p = Parser(description="Find a lottery ticket at initialisation (Rare Gems, arXiv 2202.12002) and train it.")
-    count, positive, weight = at_least(1, int), at_least(0, float, strict=True), at_least(0, float)
     g = p.add_argument_group("what to mine")
     g.add_argument("--model", default="resnet20", help="a network of models.py (default: resnet20)")
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
     g.add_argument("--image-size", type=count, help="resize the images of folder:PATH to this many pixels square")
-    g.add_argument("--val", action="store_true", help="hold out the paper's validation split and report on it, not on the test set")
-    g.add_argument("--seed", type=at_least(0, int), default=0)
+    g.add_argument("--val", action="store_true", help="hold out the paper's validation split, and report on it")
+    g.add_argument("--seed", type=whole, default=0)
     g = p.add_argument_group("mining (defaults: the paper's Tables 8 to 14, the nearest sparsity)")
     g.add_argument("--epochs", type=count, help="E; given alone, the period shrinks in proportion")
     g.add_argument("--period", type=count, help="T, epochs between freezes")
     g.add_argument("--batch-size", type=count)
     g.add_argument("--optimizer", choices=("sgd", "adam"))
-    g.add_argument("--lr", type=positive, help="learning rate of the scores")
+    g.add_argument("--lr", type=rate, help="learning rate of the scores")
     g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores")
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
-    g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r (default: deterministic)")
+    g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r")
     g = p.add_argument_group("finetuning (defaults: Table 15)")
-    g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, all that is not frozen, or m = r(p)*q (default: q)")
+    g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
     g.add_argument("--finetune-epochs", type=count, help="(default: as --epochs)")
-    g.add_argument("--finetune-lr", type=positive)
+    g.add_argument("--finetune-lr", type=rate)
     g.add_argument("--checks", action="store_true", help="run the three sanity checks of section 4 as well")
     g = p.add_argument_group("where and how")
     g.add_argument("--out", type=Path, help="folder of the run (default: under runs/)")
@@ -903,15 +915,6 @@ def parser():
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     return p
-
-
-def choose_device(name):
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(d for d in have if have[d])
-    if not have[name]:
-        raise InputError(f"--device {name}: this machine or this build of torch has none; take --device cpu")
-    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
 
 
 def complete(args):
@@ -936,9 +939,13 @@ def complete(args):
             setattr(args, name, getattr(paper, name))
     args.finetune_epochs = args.finetune_epochs or args.epochs
     args.milestones = [t / paper.epochs for t in paper.milestones]
-    args.device = choose_device(args.device)
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in have if have[name]) if args.device == "auto" else args.device
+    if not have[device]:
+        raise InputError(f"--device {device}: this machine, or this build of torch, has none; take --device cpu")
+    args.device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if args.bf16 is None:
-        args.bf16 = args.device.type == "cuda"
+        args.bf16 = device == "cuda"
     if args.out is None:
         data = args.dataset.replace("folder:", "folder-").replace("/", "_")
         args.out = Path("runs") / f"{args.model}-{data}-{args.sparsity:g}-seed{args.seed}"
@@ -946,24 +953,27 @@ def complete(args):
 
 
 def prepare(args):
-    """The network and the data of a run: (Network, Batches to train on, Batches to report on, draw of w)."""
+    """(Network, Batches to train on, Batches to report on, the draw of w) of a run."""
     import models
 
     data = load_data(args.dataset, args.data_dir, args.image_size, args.val)
-    transfer = args.model == "resnet50" and args.dataset == "caltech101"  # Appendix A.3.1
+    transfer = args.model == "resnet50" and args.dataset == "caltech101"  # appendix A.3.1
     with seeded(args.device, args.seed, "model"):
         model = models.build(args.model, data.classes, affine=transfer, image_size=data.train.x.shape[1])
     if transfer:
         from torchvision.models import ResNet50_Weights
 
-        with fetching("the ImageNet weights of ResNet-50", f"{ResNet50_Weights.IMAGENET1K_V1.url} into {torch.hub.get_dir()}"):
-            pretrained = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
-        model.load_state_dict({n: t for n, t in pretrained.items() if not n.startswith("fc.")}, strict=False)
+        pretrained = ResNet50_Weights.IMAGENET1K_V1
+        with fetching("the weights of ResNet-50", f"{pretrained.url} into {torch.hub.get_dir()}/checkpoints"):
+            state = pretrained.get_state_dict(progress=True)
+        model.load_state_dict({n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False)
     f = Network(model.to(args.device), args.bf16, args.compile)
+    if round(args.sparsity * f.d) < 1:
+        raise InputError(f"--sparsity {args.sparsity:g} keeps none of {f.d:,} weights: take at least {1 / f.d:.2g}")
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = Batches(train, stats, args.batch_size, train=True, pad=data.pad)
-    test = Batches(test, stats, 1000 if data.train.x.shape[1] <= 64 else 100)
+    test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
     try:
         accuracy(f, [next(iter(test))])
     except RuntimeError as e:
@@ -972,7 +982,119 @@ def prepare(args):
     return f, train, test, given if transfer else signed_constant
 
 
+def run_command(args):
+    """Mine, finetune and check as the arguments say."""
+    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
+    aside = ("out", "resume", "checks", "data_dir", "device", "compile")  # may differ when a run is resumed
+    run = Run(args.out, {k: v for k, v in vars(args).items() if k not in aside}, args.resume, args.device)
+    f, train, test, init = prepare(args)
+    E, E_ft, d = args.epochs, args.finetune_epochs, f.d
+    later = " and ".join(str(round(E_ft * t)) for t in args.milestones)
+    print(
+        f"Gem-Miner  {args.model}, d = {d:,}; keep {round(args.sparsity * d):,} weights ({100 * args.sparsity:g}%)\n"
+        f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to"
+        f" {'validate' if args.val else 'test'} on\n"
+        f"mining     {E} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
+        f" lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}\n"
+        f"finetuning {E_ft} epochs of {args.finetune_mask}; sgd, lr {args.finetune_lr:g}, a tenth after epochs {later}\n"
+        f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
+        f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
+    )
+    for row in run.rows:
+        run.show(row, d)
+    run.remaining = E + E_ft + (E + 3 * E_ft if args.checks else 0)
+    mining = dict(
+        data=train, test=test, epochs=E, sparsity=args.sparsity, period=args.period, lr=args.lr, lam=args.lam,
+        optimizer={"sgd": sgd, "adam": adam}[args.optimizer], penalty={"l2": l2, "l1": l1}[args.penalty],
+        r={"deterministic": round_ste, "random": round_random}[args.rounding], init=init, seed=args.seed,
+    )  # fmt: skip
+    finetuning = dict(
+        data=train, test=test, epochs=E_ft, lr=args.finetune_lr, seed=args.seed,
+        schedule=functools.partial(multistep, milestones=args.milestones),
+    )  # fmt: skip
+
+    def chosen(gem):
+        # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
+        # finetuning q gets them back: the authors' published ResNet-20 gems hold exactly s * d weights, which is q.
+        return {"q": gem.q, "m": gem.m}[args.finetune_mask]
+
+    before = f.rest()
+    gem = run.do("mine", mine, f, **mining)
+    if gem:
+        found = {
+            "model": args.model,
+            "initial": {**before, **f.views(gem.w)},  # loads into models.build(model), as do gem and finetuned
+            "scores": f.views(gem.p),
+            "q": f.views(gem.q.bool()),
+            "mask": f.views(chosen(gem).bool()),
+            "gem": {**f.rest(), **f.views(gem.w * gem.m)},
+        }
+        run.save("gem.pt", found)
+    else:
+        found = load(args.out / "gem.pt", args.device)
+    w, mask = f.vector(found["initial"]), f.vector(found["mask"]).to(f.dtype)
+    after = {n: t for n, t in found["gem"].items() if n not in f.weights}
+
+    def retrain(phase, w, mask):
+        f.restore(after)
+        return run.do(phase, finetune, f, w, mask, **finetuning)
+
+    trained = retrain("finetune", w, mask)
+    if trained is not None:
+        found["finetuned"] = {**f.rest(), **f.views(trained)}
+        run.save("gem.pt", found)
+    if args.checks:
+        retrain("shuffle", w, shuffle(f, mask, args.seed))
+        retrain("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
+        f.restore(before)
+        gem = run.do("invert (mine)", mine, f, **mining, invert=True)
+        retrain("invert", w, chosen(gem) if gem else None)
+    report(run, f, args, mask, len(test.y))
+
+
+CHECKS = {"shuffle": "random shuffling", "reinit": "weight reinitialisation", "invert": "score inversion"}
+
+
+def report(run, f, args, mask, n_test):
+    """Print the end of a run, and write result.json."""
+    pre, post = run.last("mine"), run.last("finetune")
+    layers = [{"name": n, "total": t, "kept": k} for (n, k), t in zip(f.counts(mask).items(), f.sizes)]
+    kept = sum(layer["kept"] for layer in layers)
+    acc = post["test_acc"]
+    result = {
+        "model": args.model, "dataset": args.dataset, "method": "gem-miner", "sparsity": args.sparsity,
+        "total": f.d, "kept": kept, "kept_q": pre["q"], "kept_m": pre["m"], "finetune_mask": args.finetune_mask,
+        "layers": layers, "pre_finetune_acc": pre["test_acc"], "post_finetune_acc": acc, "validation": args.val,
+        "epochs": args.epochs, "finetune_epochs": args.finetune_epochs, "seed": args.seed,
+        "seconds": round(sum(row["seconds"] for row in run.rows), 1), "device": args.device.type,
+        "bf16": args.bf16, "torch": torch.__version__, "command": shlex.join(["python", *sys.argv]),
+    }  # fmt: skip
+    print("\nkept of each layer (Fig. 7)")
+    shares = [layer["kept"] / layer["total"] for layer in layers]
+    for layer, share in zip(layers, shares):
+        bar = "#" * round(50 * share / max(*shares, 1e-9))
+        print(f"  {layer['name']:<28} {layer['kept']:>9,} of {layer['total']:>9,} {100 * share:>8.3f}%  {bar}")
+    print(
+        f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer"
+        f"  (q {pre['q']:,}, r(p)*q {pre['m']:,})\n"
+        f"pre-finetune   {pre['test_acc']:.2f}%  (r(p)*q, no weight trained)\n"
+        f"post-finetune  {acc:.2f}%"
+    )
+    if args.checks:
+        result["checks"] = {}
+        # "Clearly" is three standard errors of the difference between two accuracies measured on n_test images.
+        clear = 3 * 100 * math.sqrt(2 * acc / 100 * (1 - acc / 100) / n_test)
+        print(f"\nsanity checks: passed if the accuracy after finetuning falls by more than {clear:.1f} points")
+        print(f"  {'the gem':<24}{acc:>7.2f}%")
+        for name, text in CHECKS.items():
+            its = run.last(name)["test_acc"]
+            result["checks"][name] = {"post_finetune_acc": its, "passed": its < acc - clear}
+            print(f"  {text:<24}{its:>7.2f}%  {'passed' if its < acc - clear else 'NOT passed'}")
+    run.save("result.json", json.dumps(result, indent=1) + "\n")
+
+
 def main(argv=None):
+    """The command line; returns its exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     out = None
     try:
         args = complete(parser().parse_args(argv))
@@ -988,118 +1110,6 @@ def main(argv=None):
         print(f"{CLEAR}interrupted; to continue: {shlex.join(command)}", file=sys.stderr)
         return 130
     return 0
-
-
-def run_command(args):
-    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
-    skip = ("out", "resume", "checks", "data_dir", "device", "compile")
-    settings = {name: value for name, value in vars(args).items() if name not in skip}
-    run = Run(args.out, settings, args.resume, args.device)
-    f, train, test, init = prepare(args)
-    E, E_ft, d = args.epochs, args.finetune_epochs, f.d
-    if round(args.sparsity * d) < 1:
-        raise InputError(f"--sparsity {args.sparsity:g} keeps none of the {d:,} weights: it must be at least {1 / d:.2g}")
-    print(
-        f"Gem-Miner  {args.model}, d = {d:,}; keep {round(args.sparsity * d):,} ({100 * args.sparsity:g}%, {1 / args.sparsity:.4g}x fewer)\n"
-        f"data       {args.dataset}: {len(train.y):,} to train on, {len(test.y):,} to {'validate' if args.val else 'test'} on\n"
-        f"mining     {E} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine; lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}\n"
-        f"finetuning {E_ft} epochs of {args.finetune_mask}; sgd, lr {args.finetune_lr:g}, a tenth after epochs {' and '.join(str(round(E_ft * t)) for t in args.milestones)}\n"
-        f"running    on {args.device.type}, {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed}, torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
-    )
-    mining = dict(
-        data=train, test=test, epochs=E, sparsity=args.sparsity, period=args.period, lr=args.lr, lam=args.lam,
-        optimizer={"sgd": sgd, "adam": adam}[args.optimizer], penalty={"l2": l2, "l1": l1}[args.penalty],
-        r={"deterministic": round_ste, "random": round_random}[args.rounding], init=init, seed=args.seed,
-    )  # fmt: skip
-    finetuning = dict(
-        data=train, test=test, epochs=E_ft, lr=args.finetune_lr, seed=args.seed,
-        schedule=functools.partial(multistep, milestones=args.milestones),
-    )  # fmt: skip
-    for row in run.rows:
-        run.show(row, d)
-    run.remaining = E + E_ft + (3 * E_ft + E if args.checks else 0)
-    rest = f.rest()
-    gem = run.do("mine", mine, f, **mining)
-    if gem:
-        # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
-        # finetuning q gets them back: the authors' published ResNet-20 gems hold exactly s * d weights, which is q.
-        mask = {"q": gem.q, "m": gem.m}[args.finetune_mask]
-        file = {
-            "model": args.model,
-            "initial": {**rest, **f.views(gem.w)},
-            "scores": f.views(gem.p),
-            "q": f.views(gem.q.bool()),
-            "mask": f.views(mask.bool()),
-            "gem": {**f.rest(), **f.views(gem.w * gem.m)},
-        }
-        save(args.out / "gem.pt", file)
-    else:
-        file = load(args.out / "gem.pt", args.device)
-    w, mask = f.vector(file["initial"]), f.vector(file["mask"]).to(f.dtype)
-    after_mining = {n: t for n, t in file["gem"].items() if n not in f.weights}
-
-    def retrain(phase, w, m):
-        f.restore(after_mining)
-        return run.do(phase, finetune, f, w, m, **finetuning)
-
-    w_trained = retrain("finetune", w, mask)
-    if w_trained is not None:
-        file["finetuned"] = {**f.rest(), **f.views(w_trained)}
-        save(args.out / "gem.pt", file)
-    checks = {}
-    if args.checks:
-        retrain("shuffle", w, shuffle(f, mask, args.seed))
-        retrain("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
-        f.restore(rest)
-        inverted = run.do("invert (mine)", mine, f, **mining, invert=True)
-        inverted_mask = None if inverted is None else {"q": inverted.q, "m": inverted.m}[args.finetune_mask]
-        retrain("invert", w, inverted_mask)
-        checks = {name: run.last(name)["test_acc"] for name in ("shuffle", "reinit", "invert")}
-    report(run, f, args, mask, checks, len(test.y))
-
-
-def report(run, f, args, mask, checks, n_test):
-    """Print the end of a run, and write result.json."""
-    pre, post = run.last("mine"), run.last("finetune")
-    layers = [{"name": n, "total": t, "kept": k} for (n, k), t in zip(f.counts(mask).items(), f.sizes)]
-    kept = sum(layer["kept"] for layer in layers)
-    result = {
-        "model": args.model, "dataset": args.dataset, "method": "gem-miner", "sparsity": args.sparsity,
-        "total": f.d, "kept": kept, "kept_q": pre["q"], "kept_m": pre["m"], "finetune_mask": args.finetune_mask,
-        "layers": layers, "pre_finetune_acc": pre["test_acc"], "post_finetune_acc": post["test_acc"],
-        "validation": args.val, "epochs": args.epochs, "finetune_epochs": args.finetune_epochs, "seed": args.seed,
-        "seconds": round(sum(row["seconds"] for row in run.rows), 1), "device": args.device.type,
-        "bf16": args.bf16, "torch": torch.__version__, "command": shlex.join(["python", *sys.argv]),
-    }  # fmt: skip
-    print(f"\nkept of each layer (Fig. 7)\n{bars(layers)}")
-    print(
-        f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer"
-        f"  (q {pre['q']:,}, r(p)*q {pre['m']:,})\n"
-        f"pre-finetune   {pre['test_acc']:.2f}%  (r(p)*q, no weight trained)\n"
-        f"post-finetune  {post['test_acc']:.2f}%"
-    )
-    if checks:
-        result["checks"] = {}
-        # Three standard errors of the difference between two accuracies measured on n_test images.
-        share = post["test_acc"] / 100
-        clear = 300 * math.sqrt(2 * share * (1 - share) / n_test)
-        print(f"\nsanity checks (passed: the accuracy after finetuning falls by more than {clear:.1f} points, 3 standard errors)")
-        print(f"  {'the gem':<24}{post['test_acc']:>7.2f}%")
-        for name, text in (("shuffle", "random shuffling"), ("reinit", "weight reinitialisation"), ("invert", "score inversion")):
-            passed = checks[name] < post["test_acc"] - clear
-            result["checks"][name] = {"post_finetune_acc": checks[name], "passed": passed}
-            print(f"  {text:<24}{checks[name]:>7.2f}%  {'passed' if passed else 'NOT passed'}")
-    save(args.out / "result.json", json.dumps(result, indent=1) + "\n")
-
-
-def bars(layers, width=50):
-    top = max(layer["kept"] / layer["total"] for layer in layers)
-    lines = []
-    for layer in layers:
-        share = layer["kept"] / layer["total"]
-        bar = "#" * round(width * share / top) if top else ""
-        lines.append(f"  {layer['name']:<28} {layer['kept']:>9,} of {layer['total']:>9,} {100 * share:>8.3f}%  {bar}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

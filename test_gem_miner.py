@@ -477,12 +477,10 @@ def test_shapes_is_fixed_balanced_and_not_linear():
     assert data.train.x.shape == (5000, 32, 32, 3) and data.test.x.shape == (1000, 32, 32, 3) and data.train.x.dtype == torch.uint8
     assert data.train.y.bincount().tolist() == [500] * 10 and data.test.y.bincount().tolist() == [100] * 10
     assert torch.equal(g.draw_shapes(1000, 2).x, data.test.x)
-    mean = data.train.x.float().mean((0, 1, 2))
-    assert (mean - 127).abs().max() < 15
     # A linear classifier in closed form (ridge regression on the pixels), far below what a network reaches.
     flat = [torch.cat([s.x.flatten(1).float() / 255 - 0.5, torch.ones(len(s.y), 1)], 1) for s in (data.train, data.test)]
     weights = torch.linalg.solve(flat[0].T @ flat[0] + 30 * torch.eye(flat[0].shape[1]), flat[0].T @ F.one_hot(data.train.y).float())
-    assert ((flat[1] @ weights).argmax(1) == data.test.y).float().mean() < 0.3
+    assert ((flat[1] @ weights).argmax(1) == data.test.y).float().mean() < 0.4
 
 
 def test_validation_split_is_the_papers_and_disjoint(monkeypatch):
@@ -496,8 +494,9 @@ def test_validation_split_is_the_papers_and_disjoint(monkeypatch):
 
 
 def picture(i, size=(8, 8)):
+    """Noise; brighter for i from 100 on, so that the second class of make_folder can be told from the first."""
     gen = torch.Generator().manual_seed(i)
-    return to_pil_image(torch.randint(256, (3, *size), generator=gen, dtype=torch.uint8))
+    return to_pil_image(torch.randint(256, (3, *size), generator=gen).clamp(90 * (i >= 100), 255).to(torch.uint8))
 
 
 def make_folder(root, train=6, test=4, size=(8, 8), classes=("cat", "dog")):
@@ -664,11 +663,12 @@ def test_the_period_shrinks_with_the_epochs():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("pictures"), train=8, test=5)
+    return make_folder(tmp_path_factory.mktemp("pictures"), train=16, test=10)
 
 
 def command(pictures, out, *more):
-    return ["--dataset", f"folder:{pictures}", "--epochs", "3", "--batch-size", "8", "--out", str(out), "--device", "cpu", *more]
+    settings = "--epochs 3 --batch-size 8 --sparsity 0.3 --lr 2 --lam 0.008 --device cpu".split()
+    return ["--dataset", f"folder:{pictures}", "--out", str(out), *settings, *more]
 
 
 def stop_after(monkeypatch, n):
@@ -710,7 +710,7 @@ def finished(pictures, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished, pictures, capsys):
     rows, result, file = artefacts(finished)
-    d, kept = g.Network(models.resnet20(2)).d, round(0.0144 * 267_824)
+    d, kept = g.Network(models.resnet20(2)).d, round(0.3 * 267_824)
     assert d == 267_824 and result["total"] == d and result["kept"] == result["kept_q"] == kept >= result["kept_m"]
     assert sum(layer["kept"] for layer in result["layers"]) == kept and sum(layer["total"] for layer in result["layers"]) == d
     for key in "model dataset method sparsity layers pre_finetune_acc post_finetune_acc epochs seed device torch checks".split():
@@ -733,7 +733,10 @@ def test_a_run_leaves_what_it_promises(finished, pictures, capsys):
     assert sum(int(t.sum()) for t in file["mask"].values()) == kept
     models.build("resnet20", 2).load_state_dict(file["initial"])
     assert all(t.unique().numel() == 2 for n, t in file["initial"].items() if n in file["mask"])  # +-c, untouched
-    assert all(0 <= t.min() and t.max() <= 1 for t in file["scores"].values())
+    for n, p in file["scores"].items():
+        assert 0 <= p.min() and p.max() <= 1
+        assert torch.equal(file["gem"][n], file["initial"][n] * ((p >= 0.5) & file["q"][n]))
+    assert not torch.equal(file["gem"]["bn1.running_var"], file["finetuned"]["bn1.running_var"])
 
 
 def load_pictures(pictures):
@@ -745,7 +748,8 @@ def load_pictures(pictures):
 def test_what_a_run_shows(pictures, tmp_path, capsys):
     assert g.main(command(pictures, tmp_path / "run", "--epochs", "2")) == 0
     out, err = capsys.readouterr()
-    assert "d = 267,824; keep 3,857 (1.44%" in out and "freezing every 1" in out and "3,857 of 267,824 weights: 1.440%" in out
+    assert "d = 267,824; keep 80,347 weights (30%)" in out and "freezing every 1" in out
+    assert "80,347 of 267,824 weights: 30.000%" in out
     lines = [line for line in out.splitlines() if line.startswith(("mine ", "finetune "))]
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1 == len({len(line) for line in [*lines[:1], g.Run.HEAD]})
     assert out.count("#") > 10 and "conv1.weight" in out and not err
@@ -789,12 +793,10 @@ def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--model vgg16", "--sparsity 0.1", "--image-size 32", "--val", "--seed 1", "--epochs 2", "--period 2", "--batch-size 4",
+    ["--model resnet32", "--sparsity 0.1", "--image-size 32", "--val", "--seed 1", "--epochs 2", "--period 2", "--batch-size 4",
      "--optimizer adam", "--lr 0.5", "--lam 0.1", "--penalty l1 --lam 0.01", "--rounding random", "--bf16"],
 )  # fmt: skip
 def test_every_flag_of_mining_changes_the_mining(flags, finished, pictures, tmp_path, monkeypatch):
-    if "vgg" in flags:
-        flags += " --image-size 32"
     monkeypatch.setattr(g, "finetune", lambda f, w, m, *a, on_epoch, **kw: on_epoch(dict(epoch=1, lr=0, q=1, m=1, loss=0, train_acc=0), w, {}) or w)
     assert g.main(command(pictures, tmp_path / "run", *flags.split())) == 0
     _, result, file = artefacts(tmp_path / "run")
@@ -841,7 +843,7 @@ def refused(argv, capsys, *words):
     [
         ("--sparsity 0", ["KEPT"]), ("--sparsity -0.1", ["KEPT"]), ("--sparsity 1.44", ["0.0144"]), ("--sparsity 144", ["KEPT"]),
         ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
-        ("--epochs 0", ["--epochs"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
+        ("--epochs 0", ["--epochs", "at least 1"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
         ("--lr nan", ["--lr"]), ("--lr 0", ["--lr"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]), ("--batch-size 0", ["--batch-size"]),
         ("--seed -1", ["--seed"]), ("--finetune-epochs 0", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
         ("--model resnet21", ["resnet21", "resnet20"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
@@ -878,7 +880,7 @@ def test_bad_folders(tmp_path, capsys):
 
 def test_bad_run_folders(finished, pictures, tmp_path, capsys):
     refused(command(pictures, finished), capsys, "already holds a run", "--resume")
-    refused(command(pictures, finished, "--resume", "--sparsity", "0.05"), capsys, "--sparsity 0.0144", "not 0.05")
+    refused(command(pictures, finished, "--resume", "--sparsity", "0.05"), capsys, "--sparsity 0.3", "not 0.05")
     refused(command(pictures, finished, "--resume", "--model", "resnet32"), capsys, "--model resnet20", "not resnet32")
     refused(command(pictures, tmp_path / "new", "--resume"), capsys, "nothing to resume")
     (tmp_path / "file").write_text("")
