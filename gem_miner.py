@@ -138,8 +138,10 @@ def mine(
             if j % T == 0:                                                     # line 10
                 q = freeze(p.detach(), q, bound(s, d, j, E, T), invert)        # lines 11-15
             m = r(p.detach()) * q                                              # the output
-        row = {"epoch": j, "lr": schedule(eta, j, E), **tally.means(j, p), "q": int(q.count_nonzero()), "m": int(m.count_nonzero())}
-        empty = [name for name, n in f.counts(m).items() if n == 0]
+        kept = f.counts(m)
+        row = {"epoch": j, "lr": schedule(eta, j, E), **tally.means(j, p)}
+        row |= {"q": int(q.count_nonzero()), "m": sum(kept.values())}
+        empty = [name for name, n in kept.items() if n == 0]
         if empty and not collapsed:
             warnings.warn(f"no weight is left in {', '.join(empty)}: lower lambda or raise the sparsity", stacklevel=2)
             collapsed = True
@@ -777,7 +779,9 @@ class Run:
         for key, ours in self.settings.items():
             if theirs.get(key) != ours:
                 flag = "--" + key.replace("_", "-")
-                raise InputError(f"{self.out} holds a run with {flag} {theirs.get(key)}, not {ours}: resume it with that")
+                raise InputError(
+                    f"{self.out} holds a run with {flag} {theirs.get(key)}, not {ours}: resume it with that"
+                )
 
     def save(self, name, content):
         save(self.out / name, content)
@@ -816,9 +820,9 @@ class Run:
     def show(self, row, d):
         left = int(self.remaining * row["seconds"])
         print(
-            f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f} {row['train_acc']:>8.2f}"
-            f" {row['test_acc']:>7.2f} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f} {row['seconds']:>8.1f}"
-            f" {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
+            f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f}"
+            f" {row['train_acc']:>8.2f} {row['test_acc']:>7.2f} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f}"
+            f" {row['seconds']:>8.1f} {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
             flush=True,
         )
 
@@ -996,7 +1000,7 @@ def run_command(args):
         f" {'validate' if args.val else 'test'} on\n"
         f"mining     {E} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
         f" lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}\n"
-        f"finetuning {E_ft} epochs of {args.finetune_mask}; sgd, lr {args.finetune_lr:g}, a tenth after epochs {later}\n"
+        f"finetuning {E_ft} epochs of {args.finetune_mask}; sgd, lr {args.finetune_lr:g}, a tenth after {later}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
         f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
     )

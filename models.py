@@ -17,7 +17,6 @@ no bias anywhere, and BatchNorm has no affine parameters (Appendix A.2) unless a
 Every network maps images (B, 3, H, W) to logits (B, num_classes).
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -237,9 +236,7 @@ def wrn28_2(num_classes=10, affine=False):
     return WideResNet(num_classes, affine)
 
 
-MODELS = {
-    f.__name__: f for f in (resnet20, resnet32, resnet32x2, resnet18, resnet50, vgg16, mobilenetv2, wrn28_2)
-}
+MODELS = {f.__name__: f for f in (resnet20, resnet32, resnet32x2, resnet18, resnet50, vgg16, mobilenetv2, wrn28_2)}
 
 
 def build(name, num_classes=10, affine=False, image_size=32):
