@@ -16,13 +16,14 @@ Symbols, as in the paper (all vectors are in R^d, where d counts every Conv and 
     p  scores in [0, 1], learned          q     1 = not frozen, 0 = frozen     T    freezing period lam  lambda
     m  mask, r(p) * q                     s     sparsity: the fraction of weights KEPT (0.0144 keeps 1.44%)
 
-Where this file departs from the paper's text ("# Deviation N:" at the place in question):
+Where this file departs from the paper's text ("# Deviation N:" at the place in question; README.md has the reasons):
     1. Freezing leaves exactly round(s * d) weights, also where T does not divide E; ties are broken at random.
-    2. q is finetuned rather than m = r(p) * q, as in the authors' own runs; --finetune-mask m is the paper's text.
+    2. q is finetuned rather than m = r(p) * q, as in most of the authors' own runs; --finetune-mask m is the paper's.
     3. The regulariser is the squared L2 norm, as in the authors' code; their values of lambda belong to it.
     4. Some rows of Tables 8 to 15 follow the authors' configuration files where these have the evidence.
-    5. TinyImageNet is cropped and flipped, as in the authors' code; the text says rotated and flipped.
-    6. Accuracy is the last epoch's; the paper picks the best epoch on a validation set.
+    5. TinyImageNet is cropped and flipped, as in the authors' code, not rotated, and tested on its validation images.
+    6. Accuracy is the last epoch's; nothing is chosen by validation accuracy.
+    7. What the paper leaves open (momentum 0.9, cosine, weight decay) is as in the authors' code.
 """
 
 import argparse
@@ -54,7 +55,7 @@ class Gem(NamedTuple):
     """What mine() returns: vectors of length d, in the order of Network.names."""
 
     w: torch.Tensor  # the weights, as drawn
-    p: torch.Tensor  # the learned scores, in [0, 1]
+    p: torch.Tensor  # the learned scores, in [0, 1]; without meaning where q is 0
     q: torch.Tensor  # 1 = not frozen; exactly round(s * d) ones
     m: torch.Tensor  # r(p) * q, the output of Algorithm 1; at most as many ones as q
 
@@ -66,7 +67,7 @@ def round_ste(p):
 
 def round_random(p):
     """Randomised r (section 3): p is the probability that a weight is kept. Straight-through as well."""
-    return torch.bernoulli(p.detach()) + (p - p.detach())
+    return (torch.rand_like(p) < p).to(p.dtype) + (p - p.detach())
 
 
 def l2(p):
@@ -78,10 +79,12 @@ def l1(p):
 
 
 def cosine(eta, j, E):
-    """Learning rate in epoch j = 1..E: from eta towards 0 along half a cosine."""
+    """Learning rate of the search in epoch j = 1..E: from eta towards 0 along half a cosine."""
     return eta * (1 + math.cos(math.pi * (j - 1) / E)) / 2
 
 
+# Deviation 7: the paper's line 7 is a plain gradient step. Its authors' code has momentum 0.9 and the cosine above,
+# and decays the weights in finetuning (not the scores) by 1e-4.
 def sgd(params, eta, weight_decay=0.0):
     return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay)
 
@@ -102,11 +105,13 @@ def mine(
     lam        weight of the penalty on the scores, >= 0. penalty: l2 (paper) or l1. r: round_ste or round_random.
     optimizer  (params, lr) -> torch optimizer over p. schedule: (lr, j, E) -> learning rate in epoch j.
     init       draws w from a Network: signed_constant (the default, paper A.2), kaiming_normal, or given.
-    invert     freeze the largest scores instead of the smallest (a sanity check, section 4).
+    invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (which words
+               it the other way round, but Gem-Miner keeps the largest).
     on_epoch   called as on_epoch(row, weights, state) after each epoch: the epoch's figures, the vector of
-               effective weights, and all that `state=` needs to continue from there.
+               effective weights, and all that `state=` needs to continue from there (save or copy it in the
+               call: its tensors are those that the search goes on with).
 
-    Returns a Gem, and leaves the model holding w * m. Raises ValueError for values out of range and
+    Returns a Gem, and leaves the model in eval mode, holding w * m. Raises ValueError for values out of range and
     FloatingPointError for a loss that is not finite. Biases and affine BatchNorm stay as they are.
     """
     # fmt: off
@@ -116,7 +121,7 @@ def mine(
         raise ValueError(f"sparsity is the fraction of the {d} weights to keep, at least 1/{d} and at most 1: not {s}")
     if not 1 <= T <= E:
         raise ValueError(f"the period must be between 1 and the number of epochs ({E}): not {T}")
-    q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
+    q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1 (c: see bound)
     with seeded(f.device, seed, "init"):
         w = (init or signed_constant)(f).to(f.device)                          # line 2
         p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()         # line 3
@@ -139,15 +144,15 @@ def mine(
                 q = freeze(p.detach(), q, bound(s, d, j, E, T), invert)        # lines 11-15
             m = r(p.detach()) * q                                              # the output
         kept = f.counts(m)
-        row = {"epoch": j, "lr": schedule(eta, j, E), **tally.means(j, p)}
-        row |= {"q": int(q.count_nonzero()), "m": sum(kept.values())}
+        row = tally.row(j, schedule(eta, j, E), p) | {"q": int(q.count_nonzero()), "m": sum(kept.values())}
         empty = [name for name, n in kept.items() if n == 0]
         if empty and not collapsed:
             warnings.warn(f"no weight is left in {', '.join(empty)}: lower lambda or raise the sparsity", stacklevel=2)
             collapsed = True
         if on_epoch:
-            parts = {"w": w, "p": p.detach(), "q": q, "m": m}
-            on_epoch(row, w * m, {"epoch": j, **parts, "optimizer": opt.state_dict(), "rest": f.rest()})
+            vectors = {"w": w, "p": p.detach(), "q": q.bool(), "m": m.bool()}
+            on_epoch(row, w * m, {"epoch": j, **vectors, "optimizer": opt.state_dict(), "rest": f.rest()})
+    f.eval()
     f.load(w * m)
     return Gem(w, p.detach(), q, m)
     # fmt: on
@@ -155,20 +160,24 @@ def mine(
 
 def bound(s, d, j, E, T):
     """How many of d weights stay unfrozen after the freeze in epoch j: d * e^(-cj), with s(E) = s (section 3)."""
+    # The bottom fraction of line 13, 1 - e^(cT) in print, is 1 - e^(-cT): what takes d * e^(-c(j-T)) to this.
     # Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E. The last freeze is in epoch
-    # T * (E // T), so that is the E of our c; where T divides E, nothing changes.
+    # T * (E // T), so that is the E of our c. And counting from d, not from the survivors, adds up no rounding.
     return round(d * s ** (j / (T * (E // T))))
 
 
 def freeze(p, q, n_keep, invert=False):
-    """Lines 11 to 15: q with all but n_keep of its ones set to 0, those of the smallest scores (invert: largest)."""
+    """Lines 11 to 15: q with all but n_keep of its ones set to 0, those of the smallest scores (invert: largest).
+
+    As in Algorithm 1 and the authors' code, p stays as it is: where q is 0, it no longer matters.
+    """
     # fmt: off
     alive = q.nonzero().squeeze(1)                                             # line 11, I_1
     # Many scores are exactly 0. Shuffling before the stable sort breaks such ties at random; by position, they
     # would empty the first layers first.
     alive = alive[torch.randperm(len(alive)).to(alive.device)]
     worst_first = alive[p[alive].argsort(stable=True, descending=invert)]      # line 12
-    bottom = worst_first[: len(alive) - n_keep]                                # lines 13-14
+    bottom = worst_first[: max(0, len(alive) - n_keep)]                        # lines 13-14
     q = q.clone()
     q[bottom] = 0                                                              # line 15
     return q
@@ -222,7 +231,8 @@ class Network(nn.Module):
         """{name: v's part for that layer, in the shape of its weight}, without a copy."""
         # A convolution (o, i, h, w) lies in v as (o, h, w, i): channels-last, which is fast on CPU and CUDA.
         # On MPS its gradients are wrong (pytorch#175189), so there it is copied to the ordinary layout.
-        parts = (u.view(s[0], *s[2:], s[1]).movedim(-1, 1) for u, s in zip(v.split(self.sizes), self.shapes))
+        flat = zip(v.split(self.sizes), self.shapes)
+        parts = (u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) for u, shape in flat)
         return {n: u.contiguous() if u.device.type == "mps" else u for n, u in zip(self.names, parts)}
 
     def vector(self, tensors=None):
@@ -238,7 +248,8 @@ class Network(nn.Module):
 
     def rest(self):
         """{name: a copy of every other parameter and buffer}, such as BatchNorm's running statistics."""
-        return {n: t.clone() for n, t in self.model.state_dict().items() if n not in self.weights}
+        everything, weights = self.model.state_dict(keep_vars=True), {id(w) for w in self.weights.values()}
+        return {n: t.detach().clone() for n, t in everything.items() if id(t) not in weights}
 
     def restore(self, rest):
         self.model.load_state_dict(rest, strict=False)
@@ -249,7 +260,7 @@ class Network(nn.Module):
 
     def he_std(self):
         """sqrt(2 / fan_in) of the layer that each weight belongs to (He et al., 2015), as a vector (d,)."""
-        stds = [(2 * s[0] / n) ** 0.5 for s, n in zip(self.shapes, self.sizes)]
+        stds = [(2 * shape[0] / n) ** 0.5 for shape, n in zip(self.shapes, self.sizes)]
         return torch.cat([torch.full((n,), std, dtype=self.dtype) for n, std in zip(self.sizes, stds)])
 
 
@@ -270,9 +281,12 @@ def given(f):
 
 @contextlib.contextmanager
 def seeded(device, *key):
-    """Everything random inside depends on `key` alone; outside, torch's random state is as if nothing had run."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(random.Random(repr(key)).getrandbits(63))
+    """All that is random inside depends on `key` alone; outside, the random state (not MPS's) is as it was."""
+    cuda, value = device.type == "cuda", random.Random(repr(key)).getrandbits(63)
+    with torch.random.fork_rng([device] if cuda else []), torch.cuda.device(device if cuda else -1):
+        torch.default_generator.manual_seed(value)
+        if device.type != "cpu":
+            getattr(torch, device.type).manual_seed(value)  # torch.cuda or torch.mps
         yield
 
 
@@ -299,34 +313,45 @@ class Tally:
             self.sums = self.sums + torch.stack([loss * len(y), (logits.argmax(1) == y).sum()])
         return loss
 
-    def means(self, j, params):
-        """The mean loss and the accuracy (percent) of epoch j; FloatingPointError if they or params diverged."""
+    def means(self):
+        """Mean loss and accuracy in percent; here the device is waited for."""
         if not self.n:
-            raise ValueError("the training data gave no batch: pass what can be iterated once per epoch")
+            raise ValueError("the data gave no batch: pass what can be iterated anew for each epoch")
         loss, correct = (self.sums / self.n).tolist()
+        return loss, 100 * correct
+
+    def row(self, j, eta, params):
+        """The figures of epoch j; FloatingPointError if the loss or the parameters are not finite."""
+        loss, acc = self.means()
         if not (math.isfinite(loss) and torch.isfinite(params).all()):
             raise FloatingPointError(f"the loss is not finite in epoch {j}: lower the learning rate or lambda")
-        return {"loss": loss, "train_acc": 100 * correct}
+        return {"epoch": j, "lr": eta, "loss": loss, "train_acc": acc}
+
+
+def chunks(order, batch_size):
+    """order cut into batches. A last batch of one joins the one before: BatchNorm cannot train on it."""
+    parts = list(order.split(batch_size))
+    return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
 
 
 def minibatches(data, batch_size, device):
     """Batches (x, y) on the device: tensors (x, y) in a new random order, or whatever `data` yields when iterated."""
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(t) for t in data):
         xs, ys = data
-        data = ((xs[i], ys[i]) for i in torch.randperm(len(ys)).to(xs.device).split(batch_size))
+        data = ((xs[i], ys[i]) for i in chunks(torch.randperm(len(ys)).to(xs.device), batch_size))
     for x, y in data:
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def accuracy(model, data, v=None, batch_size=1000):
-    """Percent of `data` (as for mine) that the model classifies correctly, under the weights v if given."""
+    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given."""
     f = Network.of(model).eval()
     v, tally = f.vector() if v is None else v, Tally()
     with seeded(f.device, "accuracy"):
         for x, y in minibatches(data, batch_size, f.device):
             tally(f(v, x), y)
-    return 100 * (tally.sums[1] / tally.n).item()
+    return tally.means()[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -339,7 +364,7 @@ def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
     return eta * 0.1 ** sum(j > round(E * t) for t in milestones)
 
 
-sgd_decayed = functools.partial(sgd, weight_decay=1e-4)  # the authors' configuration; the paper does not say
+sgd_decayed = functools.partial(sgd, weight_decay=1e-4)
 
 
 def finetune(
@@ -350,13 +375,13 @@ def finetune(
 
     The mask is part of the function, f(w * m, x), so neither momentum nor weight decay can revive a weight.
     Biases and affine BatchNorm are trained too. train, optimizer, schedule, on_epoch and state are as for mine.
-    Returns w * m (d,), and leaves the model holding it. Raises FloatingPointError as mine does.
+    Returns w * m (d,), and leaves the model in eval mode, holding it. Raises FloatingPointError as mine does.
     """
     f = Network.of(model)
     if state:
         w, m = state["w"], state["m"]
         f.restore(state["rest"])
-    w, m = w.to(f.device, copy=True).requires_grad_(), m.to(f.device)
+    w, m = w.to(f.device, copy=True).requires_grad_(), m.to(f.device, f.dtype)
     others = [p for n, p in f.model.named_parameters() if n not in f.weights and p.requires_grad]
     opt = optimizer([w, *others], lr)
     if state:
@@ -368,12 +393,12 @@ def finetune(
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
-        means = tally.means(j, w)
+        kept = int(m.count_nonzero())
+        row = tally.row(j, schedule(lr, j, epochs), w) | {"q": kept, "m": kept}
         if on_epoch:
-            kept = int(m.count_nonzero())
-            row = {"epoch": j, "lr": schedule(lr, j, epochs), **means, "q": kept, "m": kept}
-            parts = {"w": w.detach(), "m": m}
-            on_epoch(row, w.detach() * m, {"epoch": j, **parts, "optimizer": opt.state_dict(), "rest": f.rest()})
+            vectors = {"w": w.detach(), "m": m.bool()}
+            on_epoch(row, w.detach() * m, {"epoch": j, **vectors, "optimizer": opt.state_dict(), "rest": f.rest()})
+    f.eval()
     w = w.detach() * m
     f.load(w)
     return w
@@ -413,9 +438,12 @@ class Setting(NamedTuple):
 
 
 PAPER = [
-    # Tables 8 to 15: E and batch size serve mining and finetuning alike; milestones are epochs of E.
+    # Tables 8 to 14 and, for E, batch, lr_ft and milestones, Table 15 (it gives the batch size of finetuning; we
+    # mine with the same). Where the authors' configuration files differ and nothing tells which is right, the
+    # tables stand: MobileNet's and WRN's lr_ft (0.01 in the files), ResNet-50's batch (128), Caltech's lr and lam.
     # model         dataset         s       E   batch  T  optimizer lr   lam      lr_ft  milestones
     ("resnet20",    "cifar10",      0.50,   150, 128,  8, "sgd",  0.05,  1e-8,    0.1,   (80, 120)),
+    # The authors' 13.74% is the density of r(p) * q in a run whose target was 20%.
     ("resnet20",    "cifar10",      0.1374, 150, 128,  5, "sgd",  0.1,   1e-5,    0.01,  (80, 120)),
     ("resnet20",    "cifar10",      0.0373, 150, 128,  5, "sgd",  0.1,   3e-5,    0.01,  (80, 120)),
     ("resnet20",    "cifar10",      0.0144, 150, 128,  5, "sgd",  0.1,   1e-4,    0.01,  (80, 120)),
@@ -457,11 +485,11 @@ PAPER = [
 def paper_setting(model, dataset, sparsity):
     """The row of PAPER for (model, dataset) whose sparsity is nearest, by ratio.
 
-    A pair that the paper does not list takes the rows of its model, and an unlisted model those of ResNet-20.
+    A pair that is not listed takes the paper's rows of its model, and an unlisted model those of ResNet-20.
     """
     rows = [Setting(*row) for row in PAPER]
     for match in ((model, dataset), (model,), ("resnet20",)):
-        found = [row for row in rows if row[: len(match)] == match]
+        found = [row for row in rows if row[: len(match)] == match and (len(match) == 2 or row.dataset != "shapes")]
         if found:
             return min(found, key=lambda row: abs(math.log(row.sparsity / sparsity)))
 
@@ -494,7 +522,7 @@ class Batches:
         self.x = F.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
 
     def __len__(self):
-        return math.ceil(len(self.y) / self.batch_size)
+        return len(chunks(self.y, self.batch_size))
 
     def __iter__(self):
         # All random draws of an epoch are made at once and on the CPU, so that a seed means the same everywhere.
@@ -503,10 +531,7 @@ class Batches:
         top, left = torch.randint(2 * self.pad + 1, (2, n, 1)).to(device)
         mirror = (torch.rand(n, 1) < 0.5).to(device)
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-        parts = list(order.split(self.batch_size))
-        if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm cannot train on a batch of one
-            parts[-2:] = [torch.cat(parts[-2:])]
-        for i in parts:
+        for i in chunks(order, self.batch_size):
             if self.pad:  # one gather picks, crops and flips
                 across = left[i] + torch.where(mirror[i], columns.flip(0), columns)
                 x = self.x[i[:, None, None], (top[i] + rows)[:, :, None], across[:, None, :]]
@@ -527,9 +552,9 @@ class Data(NamedTuple):
 
 
 def load_data(name, root, image_size=None, held_out=False):
-    """The data set called `name` as a Data on the CPU; held_out: its test set is the paper's validation split.
+    """The data set called `name` as a Data on the CPU; held_out: with a validation split in place of the test set.
 
-    The split is the same for every seed: 10% of the training images (CIFAR: 5,000), Caltech-101's own 20%.
+    The split is the same for every seed: 10% of the training images (CIFAR-10: the paper's 5,000), Caltech-101: 20%.
     """
     if name.startswith("folder:"):
         data = folder(Path(name.removeprefix("folder:")), image_size)
@@ -605,7 +630,8 @@ def tinyimagenet(root):
     train = ImageFolder(home / "train")
     rows = [line.split("\t") for line in (home / "val" / "val_annotations.txt").read_text().splitlines()]
     test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
-    # Deviation 5: padded crops and flips, as in the authors' code; A.1 says rotations and flips.
+    # Deviation 5: padded crops and flips, as in the authors' code, where A.1 says rotations and flips; and the
+    # validation images as test set, where A.1 has both.
     return Data(read_images(train.samples), read_images(test), len(train.classes))
 
 
@@ -639,10 +665,11 @@ def folder(path, image_size=None):
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise InputError(f"{path}: train and {held[0].name} must have the same class folders; only one has {odd[0]!r}")
+    classes = len(train.classes)
     train, test = read_images(train.samples, image_size), read_images(test.samples, image_size)
     if train.x.shape[1:] != test.x.shape[1:]:
         raise InputError(f"{path}: training and test images differ in size: resize them with --image-size 32")
-    return Data(train, test, int(train.y.max()) + 1)
+    return Data(train, test, classes)
 
 
 def read_images(samples, size=None):
@@ -779,9 +806,7 @@ class Run:
         for key, ours in self.settings.items():
             if theirs.get(key) != ours:
                 flag = "--" + key.replace("_", "-")
-                raise InputError(
-                    f"{self.out} holds a run with {flag} {theirs.get(key)}, not {ours}: resume it with that"
-                )
+                raise InputError(f"{self.out} holds a run whose {flag} is {theirs.get(key)}, not {ours}: use the same")
 
     def save(self, name, content):
         save(self.out / name, content)
@@ -791,11 +816,11 @@ class Run:
 
     def last(self, phase):
         """The phase's last row so far, or None. Its accuracy is what counts."""
-        # Deviation 6: the last epoch, where the paper's A.1 takes the best epoch on the validation set.
+        # Deviation 6: the last epoch's, where the paper's A.1 takes the best model by validation accuracy.
         return next((row for row in reversed(self.rows) if row["phase"] == phase), None)
 
-    def do(self, phase, train, f, *args, data, test, epochs, **kw):
-        """train(f, *args, data, epochs=epochs, **kw) with its rows shown, logged and checkpointed.
+    def do(self, phase, method, f, *args, data, test, epochs, **kw):
+        """method(f, *args, data, epochs=epochs, **kw) with its rows shown, logged and checkpointed.
 
         Returns its result, or None if the checkpoint is past this phase.
         """
@@ -815,7 +840,7 @@ class Run:
             self.save("log.jsonl", self.log())
 
         state, self.phase = self.state if last else None, phase
-        return train(f, *args, Watched(data), epochs=epochs, on_epoch=on_epoch, state=state, **kw)
+        return method(f, *args, Watched(data), epochs=epochs, on_epoch=on_epoch, state=state, **kw)
 
     def show(self, row, d):
         left = int(self.remaining * row["seconds"])
@@ -889,16 +914,16 @@ def rate(text):
 
 
 def parser():
-    p = Parser(description="Find a lottery ticket at initialisation (Rare Gems, arXiv 2202.12002) and train it.")
-    g = p.add_argument_group("what to mine")
+    cli = Parser(description="Find a lottery ticket at initialisation (Rare Gems, arXiv 2202.12002) and train it.")
+    g = cli.add_argument_group("what to mine")
     g.add_argument("--model", default="resnet20", help="a network of models.py (default: resnet20)")
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
     g.add_argument("--image-size", type=count, help="resize the images of folder:PATH to this many pixels square")
-    g.add_argument("--val", action="store_true", help="hold out the paper's validation split, and report on it")
+    g.add_argument("--val", action="store_true", help="report on held-out training images, not on the test set")
     g.add_argument("--seed", type=whole, default=0)
-    g = p.add_argument_group("mining (defaults: the paper's Tables 8 to 14, the nearest sparsity)")
-    g.add_argument("--epochs", type=count, help="E; given alone, the period shrinks in proportion")
+    g = cli.add_argument_group("mining (defaults: the paper's Tables 8 to 14, the nearest sparsity)")
+    g.add_argument("--epochs", type=count, help="E; given alone, the period scales with it")
     g.add_argument("--period", type=count, help="T, epochs between freezes")
     g.add_argument("--batch-size", type=count)
     g.add_argument("--optimizer", choices=("sgd", "adam"))
@@ -906,19 +931,19 @@ def parser():
     g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores")
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
     g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r")
-    g = p.add_argument_group("finetuning (defaults: Table 15)")
+    g = cli.add_argument_group("finetuning (defaults: Table 15)")
     g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
     g.add_argument("--finetune-epochs", type=count, help="(default: as --epochs)")
     g.add_argument("--finetune-lr", type=rate)
     g.add_argument("--checks", action="store_true", help="run the three sanity checks of section 4 as well")
-    g = p.add_argument_group("where and how")
+    g = cli.add_argument_group("where and how")
     g.add_argument("--out", type=Path, help="folder of the run (default: under runs/)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
     g.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
-    return p
+    return cli
 
 
 def complete(args):
@@ -943,6 +968,7 @@ def complete(args):
             setattr(args, name, getattr(paper, name))
     args.finetune_epochs = args.finetune_epochs or args.epochs
     args.milestones = [t / paper.epochs for t in paper.milestones]
+    args.defaults = f"{paper.model} on {paper.dataset} at {100 * paper.sparsity:g}%"
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in have if have[name]) if args.device == "auto" else args.device
     if not have[device]:
@@ -957,13 +983,14 @@ def complete(args):
 
 
 def prepare(args):
-    """(Network, Batches to train on, Batches to report on, the draw of w) of a run."""
+    """A run's Network, Batches to train and to report on, draw of w, and arguments of models.build."""
     import models
 
     data = load_data(args.dataset, args.data_dir, args.image_size, args.val)
     transfer = args.model == "resnet50" and args.dataset == "caltech101"  # appendix A.3.1
+    build = {"num_classes": data.classes, "affine": transfer, "image_size": data.train.x.shape[1]}
     with seeded(args.device, args.seed, "model"):
-        model = models.build(args.model, data.classes, affine=transfer, image_size=data.train.x.shape[1])
+        model = models.build(args.model, **build)
     if transfer:
         from torchvision.models import ResNet50_Weights
 
@@ -981,23 +1008,25 @@ def prepare(args):
     try:
         accuracy(f, [next(iter(test))])
     except RuntimeError as e:
-        h, w = test.size
-        raise InputError(f"{args.model} does not take images of {w}x{h} pixels: try --image-size 32 ({e})") from e
-    return f, train, test, given if transfer else signed_constant
+        if isinstance(e, torch.OutOfMemoryError):
+            raise InputError("out of memory: try a smaller --batch-size") from e
+        hint = "try --image-size 32; " if args.dataset.startswith("folder:") else ""
+        raise InputError(f"{args.model} fails on images of {'x'.join(map(str, test.size[::-1]))}: {hint}{e}") from e
+    return f, train, test, given if transfer else signed_constant, build
 
 
 def run_command(args):
     """Mine, finetune and check as the arguments say."""
-    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
     aside = ("out", "resume", "checks", "data_dir", "device", "compile")  # may differ when a run is resumed
     run = Run(args.out, {k: v for k, v in vars(args).items() if k not in aside}, args.resume, args.device)
-    f, train, test, init = prepare(args)
+    f, train, test, init, build = prepare(args)
     E, E_ft, d = args.epochs, args.finetune_epochs, f.d
     later = " and ".join(str(round(E_ft * t)) for t in args.milestones)
     print(
         f"Gem-Miner  {args.model}, d = {d:,}; keep {round(args.sparsity * d):,} weights ({100 * args.sparsity:g}%)\n"
         f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to"
         f" {'validate' if args.val else 'test'} on\n"
+        f"defaults   those of {args.defaults}\n"
         f"mining     {E} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
         f" lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}\n"
         f"finetuning {E_ft} epochs of {args.finetune_mask}; sgd, lr {args.finetune_lr:g}, a tenth after {later}\n"
@@ -1019,7 +1048,7 @@ def run_command(args):
 
     def chosen(gem):
         # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
-        # finetuning q gets them back: the authors' published ResNet-20 gems hold exactly s * d weights, which is q.
+        # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
         return {"q": gem.q, "m": gem.m}[args.finetune_mask]
 
     before = f.rest()
@@ -1027,7 +1056,8 @@ def run_command(args):
     if gem:
         found = {
             "model": args.model,
-            "initial": {**before, **f.views(gem.w)},  # loads into models.build(model), as do gem and finetuned
+            "build": build,
+            "initial": {**before, **f.views(gem.w)},  # loads into models.build(model, **build); so do gem, finetuned
             "scores": f.views(gem.p),
             "q": f.views(gem.q.bool()),
             "mask": f.views(chosen(gem).bool()),
@@ -1049,10 +1079,12 @@ def run_command(args):
         run.save("gem.pt", found)
     if args.checks:
         retrain("shuffle", w, shuffle(f, mask, args.seed))
+        # Pretrained weights have no distribution to draw from: Kaiming normal, as in the authors' check.
         retrain("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
         f.restore(before)
+        f.load(w)
         gem = run.do("invert (mine)", mine, f, **mining, invert=True)
-        retrain("invert", w, chosen(gem) if gem else None)
+        retrain("invert", w, gem.q if gem else None)  # q: without the largest scores, r(p) * q is all but empty
     report(run, f, args, mask, len(test.y))
 
 
@@ -1084,16 +1116,17 @@ def report(run, f, args, mask, n_test):
         f"pre-finetune   {pre['test_acc']:.2f}%  (r(p)*q, no weight trained)\n"
         f"post-finetune  {acc:.2f}%"
     )
-    if args.checks:
+    checks = {name: run.last(name) for name in CHECKS}
+    if all(row and row["epoch"] == args.finetune_epochs for row in checks.values()):
         result["checks"] = {}
         # "Clearly" is three standard errors of the difference between two accuracies measured on n_test images.
         clear = 3 * 100 * math.sqrt(2 * acc / 100 * (1 - acc / 100) / n_test)
         print(f"\nsanity checks: passed if the accuracy after finetuning falls by more than {clear:.1f} points")
-        print(f"  {'the gem':<24}{acc:>7.2f}%")
-        for name, text in CHECKS.items():
-            its = run.last(name)["test_acc"]
-            result["checks"][name] = {"post_finetune_acc": its, "passed": its < acc - clear}
-            print(f"  {text:<24}{its:>7.2f}%  {'passed' if its < acc - clear else 'NOT passed'}")
+        print(f"  {'the gem':<24}{acc:>7.2f}%  {kept:>9,} weights")
+        for name, row in checks.items():
+            its, passed = row["test_acc"], row["test_acc"] < acc - clear
+            result["checks"][name] = {"post_finetune_acc": its, "kept": row["q"], "passed": passed}
+            print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {row['q']:>9,} weights  {'passed' if passed else 'NOT passed'}")
     run.save("result.json", json.dumps(result, indent=1) + "\n")
 
 
@@ -1103,9 +1136,11 @@ def main(argv=None):
     try:
         args = complete(parser().parse_args(argv))
         out = args.out
-        run_command(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
+            run_command(args)
     except (InputError, FloatingPointError, ImportError, OSError) as e:
-        print(f"{CLEAR}gem_miner.py: error: {str(e).splitlines()[0]}", file=sys.stderr)
+        print(f"{CLEAR}gem_miner.py: error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         command = ["python", *(a for a in sys.argv if a != "--resume")]

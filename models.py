@@ -97,14 +97,14 @@ class ResNet(nn.Module):
         width = spec[0][0]
         self.conv1, self.bn1 = conv_bn(3, width, stem, 1 if stem == 3 else 2, affine=affine)
         self.maxpool = nn.Identity() if stem == 3 else nn.MaxPool2d(3, 2, 1)
-        self.stages = len(spec)
+        self.n_stages = len(spec)
         for i, stage in enumerate(stages(block, width, spec, affine=affine, **kw), 1):
             setattr(self, f"layer{i}", stage)
         self.fc = nn.Linear(spec[-1][0] * block.expansion, num_classes, bias=False)
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        for i in range(self.stages):
+        for i in range(self.n_stages):
             x = getattr(self, f"layer{i + 1}")(x)
         return self.fc(x.mean((2, 3)))
 
