@@ -175,8 +175,12 @@ def test_any_conv_or_linear_counts_once_and_nothing_else():
 
     f = g.Network(Odd())
     assert f.names == ["a.weight", "b.weight", "c.weight"] and f.sizes == [60, 72, 36]
+    before = f.rest()
+    assert "d.weight" not in before and "c.bias" in before
     f.load(f.vector() * 2)
-    assert f.model.d.weight is f.model.c.weight
+    doubled = f.vector()
+    f.restore(before)
+    assert f.model.d.weight is f.model.c.weight and torch.equal(f.vector(), doubled)
     x = torch.randn(2, 6)
     assert torch.allclose(f(f.vector(), x), f.model(x))
     with pytest.raises(ValueError, match="nothing to prune"):
@@ -331,6 +335,11 @@ def test_ties_are_broken_at_random_over_the_whole_vector():
     assert abs(kept[:5000].sum().item() - 2500) < 150
 
 
+def test_freezing_never_revives_and_never_overshoots():
+    q = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    assert torch.equal(g.freeze(torch.rand(4), q, 4), q)
+
+
 def test_values_out_of_range_are_refused():
     for bad in (
         {"sparsity": 0},
@@ -344,6 +353,8 @@ def test_values_out_of_range_are_refused():
             g.mine(tiny(), tiny_batches(), **{"sparsity": 0.5, "epochs": 10, "period": 1, **bad})
     with pytest.raises(ValueError, match="no batch"):
         g.mine(tiny(), iter(tiny_batches()), sparsity=0.5, epochs=2, period=1)  # an iterator is spent after one epoch
+    with pytest.raises(ValueError, match="no batch"):
+        g.accuracy(tiny(), [])
 
 
 def test_a_lost_layer_is_named_once_and_a_lost_loss_stops_the_run():
@@ -523,7 +534,9 @@ def test_batched_crop_and_flip_equal_the_per_image_ones():
 def test_no_batch_of_one_reaches_batchnorm():
     split = g.Split(torch.zeros(9, 4, 4, 3, dtype=torch.uint8), torch.arange(9))
     for train in (True, False):
-        assert [len(y) for _, y in g.Batches(split, ([0.0] * 3, [1.0] * 3), 4, train=train)] == [4, 5]
+        batches = g.Batches(split, ([0.0] * 3, [1.0] * 3), 4, train=train)
+        assert [len(y) for _, y in batches] == [4, 5] and len(batches) == 2
+    assert [len(y) for _, y in g.minibatches((split.x, split.y), 8, "cpu")] == [9]
 
 
 def test_pixel_stats():
@@ -537,11 +550,11 @@ def test_pixel_stats():
 def test_shapes_is_fixed_balanced_and_not_linear():
     data = g.shapes()
     assert (
-        data.train.x.shape == (5000, 32, 32, 3)
+        data.train.x.shape == (4500, 32, 32, 3)
         and data.test.x.shape == (1000, 32, 32, 3)
         and data.train.x.dtype == torch.uint8
     )
-    assert data.train.y.bincount().tolist() == [500] * 10 and data.test.y.bincount().tolist() == [100] * 10
+    assert data.train.y.bincount().tolist() == [450] * 10 and data.test.y.bincount().tolist() == [100] * 10
     assert torch.equal(g.draw_shapes(1000, 2).x, data.test.x)
     # A linear classifier in closed form (ridge regression on the pixels), far below what a network reaches.
     flat = [
@@ -869,8 +882,25 @@ def test_resumed_equals_uninterrupted(stops, finished, pictures, tmp_path, monke
 def test_checks_can_be_added_to_a_finished_run(finished, pictures, tmp_path):
     argv = command(pictures, tmp_path / "run")
     assert g.main(argv) == 0 and "checks" not in artefacts(tmp_path / "run")[1]
-    assert g.main([*argv, "--checks", "--resume"]) == 0
-    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+    for more in (["--checks"], []):  # and they stay when it is resumed without
+        assert g.main([*argv, "--resume", *more]) == 0
+        assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+
+
+def test_inversion_starts_from_the_same_weights_and_state_as_the_gem(pictures, tmp_path, monkeypatch):
+    """Also where the weights are pretrained, which the model itself no longer holds by then."""
+    starts, prepare, mine = [], g.prepare, g.mine
+
+    def watch(f, *args, init, **kw):
+        starts.append({"w": init(f), **f.rest()})
+        return mine(f, *args, init=init, **kw)
+
+    monkeypatch.setattr(g, "mine", watch)
+    monkeypatch.setattr(
+        g, "prepare", lambda args: [g.given if part is g.signed_constant else part for part in prepare(args)]
+    )
+    assert g.main(command(pictures, tmp_path / "run", "--epochs", "1", "--checks")) == 0
+    assert len(starts) == 2 and same(*starts)
 
 
 def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
@@ -943,7 +973,7 @@ def refused(argv, capsys, *words):
     [
         ("--sparsity 0", ["KEPT"]), ("--sparsity -0.1", ["KEPT"]), ("--sparsity 1.44", ["0.0144"]), ("--sparsity 144", ["KEPT"]),
         ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
-        ("--epochs 0", ["--epochs", "at least 1"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
+        ("--epochs 0", ["--epochs", "from 1"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
         ("--lr nan", ["--lr"]), ("--lr 0", ["--lr"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]), ("--batch-size 0", ["--batch-size"]),
         ("--seed -1", ["--seed"]), ("--finetune-epochs 0", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
         ("--model resnet21", ["resnet21", "resnet20"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
