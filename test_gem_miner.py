@@ -364,6 +364,8 @@ def test_a_lost_layer_is_named_once_and_a_lost_loss_stops_the_run():
     x, y = tiny_batches()[0]
     with pytest.raises(FloatingPointError, match="epoch 1"):
         g.mine(tiny(), [(x * math.nan, y)], sparsity=0.5, epochs=2, period=1)
+    with pytest.raises(FloatingPointError):  # the last step of an epoch leaves scores, but no loss, that are not finite
+        g.mine(tiny(), [(x, y)], sparsity=0.5, epochs=1, period=1, penalty=lambda p: p.sum() * math.nan)
     with pytest.raises(FloatingPointError):
         f = g.Network(tiny())
         g.finetune(f, f.vector(), torch.ones(42).double(), [(x * math.nan, y)], epochs=1)
@@ -736,7 +738,8 @@ def test_settings_are_the_papers():
     assert at("resnet18", "tinyimagenet", 0.05)[3:8] == (200, 256, 5, "adam", 0.001)
     assert at("resnet50", "caltech101", 0.05)[3:] == (50, 16, 5, "adam", 0.01, 1e-6, 1e-4, (20, 40))
     assert (
-        at("resnet20", "folder:x", 0.0144).model == "resnet20" and at("resnet32", "cifar100", 0.05).model == "resnet20"
+        at("resnet20", "folder:x", 0.0144)[:2] == ("resnet20", "cifar10")
+        and at("resnet32", "cifar100", 0.05).model == "resnet20"
     )
     for row in map(lambda row: g.Setting(*row), g.PAPER):
         assert row.model in models.MODELS and row.dataset in g.LOADERS and 0 < row.sparsity <= 1
@@ -753,6 +756,8 @@ def test_the_period_shrinks_with_the_epochs():
         and plan("--epochs", "10").period == 1
         and plan("--epochs", "3000").period == 100
     )
+    assert plan("--epochs", "10").milestones == [80 / 150, 120 / 150]
+    assert plan("--model", "mobilenetv2").milestones == [150 / 300, 250 / 300]
     assert plan("--epochs", "3000", "--period", "150").period == 150 and plan("--epochs", "10").finetune_epochs == 10
 
 
@@ -820,9 +825,12 @@ def test_a_run_leaves_what_it_promises(finished, pictures, capsys):
         (phase, j) for phase in ("mine", "finetune", "shuffle", "reinit", "invert (mine)", "invert") for j in (1, 2, 3)
     ]
     assert result["pre_finetune_acc"] == rows[2]["test_acc"] and result["post_finetune_acc"] == rows[5]["test_acc"]
-    assert [result["checks"][name]["post_finetune_acc"] for name in ("shuffle", "reinit", "invert")] == [
-        rows[i]["test_acc"] for i in (8, 11, 17)
-    ]
+    checks = {row["phase"]: row for row in rows if row["epoch"] == 3}
+    for name in ("shuffle", "reinit", "invert"):
+        its, acc = checks[name]["test_acc"], result["post_finetune_acc"]
+        error = 100 * ((acc / 100 * (1 - acc / 100) + its / 100 * (1 - its / 100)) / 20) ** 0.5
+        expected = {"post_finetune_acc": its, "kept": kept, "passed": acc - its > 3 * error}
+        assert result["checks"][name] == expected
 
     # gem.pt: each network in it, loaded into a plain module, gives the accuracy that was reported.
     _, test = load_pictures(pictures)
