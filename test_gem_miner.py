@@ -371,6 +371,26 @@ def test_a_lost_layer_is_named_once_and_a_lost_loss_stops_the_run():
         g.finetune(f, f.vector(), torch.ones(42).double(), [(x * math.nan, y)], epochs=1)
 
 
+def test_each_epoch_has_its_own_randomness():
+    class Draws:
+        def __init__(self):
+            self.seen = []
+
+        def __iter__(self):
+            self.seen.append(torch.rand(1).item())
+            return iter(tiny_batches(1))
+
+    w, m = torch.rand(42).double(), torch.ones(42).double()
+    for method in (
+        lambda data, seed: g.mine(tiny(), data, sparsity=0.5, epochs=3, seed=seed),
+        lambda data, seed: g.finetune(tiny(), w, m, data, epochs=3, seed=seed),
+    ):
+        first, again, other = Draws(), Draws(), Draws()
+        for data, seed in ((first, 0), (again, 0), (other, 1)):
+            method(data, seed)
+        assert len(set(first.seen)) == 3 and first.seen == again.seen and not set(first.seen) & set(other.seen)
+
+
 def test_mining_takes_tensors_a_loader_and_ones_own_optimizer():
     x, y = torch.randn(40, 1, 4, 4), torch.randint(3, (40,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True)
@@ -497,6 +517,8 @@ def test_checks_change_what_they_must_and_keep_what_they_must():
     w = g.signed_constant(f)
     drawn = g.reinit(f, seed=1)
     assert torch.allclose(drawn.abs(), w.abs()) and 0.45 < (drawn == w).float().mean() < 0.55
+    with g.seeded(torch.device("cpu"), 1, "init"):
+        assert not torch.equal(g.signed_constant(f), drawn)  # not the very draw that mine() makes from this seed
     assert g.reinit(f, g.kaiming_normal).abs().unique().numel() > 1000
 
 
@@ -838,6 +860,7 @@ def test_a_run_leaves_what_it_promises(finished, pictures, capsys):
         model = models.build(file["model"], **file["build"])
         model.load_state_dict(file[part])
         assert math.isclose(g.accuracy(model, test), result[acc], abs_tol=1e-4)
+    assert torch.equal(file["mean"], test.mean) and torch.equal(file["std"], test.std)
     weights = {n: t for n, t in file["finetuned"].items() if n in file["mask"]}
     assert sum(int((t != 0).sum()) for t in weights.values()) <= kept
     assert all((t[~file["mask"][n]] == 0).all() for n, t in weights.items())
@@ -895,20 +918,25 @@ def test_checks_can_be_added_to_a_finished_run(finished, pictures, tmp_path):
         assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
 
 
-def test_inversion_starts_from_the_same_weights_and_state_as_the_gem(pictures, tmp_path, monkeypatch):
-    """Also where the weights are pretrained, which the model itself no longer holds by then."""
-    starts, prepare, mine = [], g.prepare, g.mine
+def test_every_check_starts_from_the_same_state_as_the_gem(pictures, tmp_path, monkeypatch):
+    """Also where the weights are pretrained, which the model itself no longer holds when the inversion is mined."""
+    mined, retrained, prepare, mine, finetune = [], [], g.prepare, g.mine, g.finetune
 
-    def watch(f, *args, init, **kw):
-        starts.append({"w": init(f), **f.rest()})
-        return mine(f, *args, init=init, **kw)
+    def watch_mine(f, *args, init, invert=False, **kw):
+        mined.append({"invert": invert, "w": init(f), **f.rest()})
+        return mine(f, *args, init=init, invert=invert, **kw)
 
-    monkeypatch.setattr(g, "mine", watch)
-    monkeypatch.setattr(
-        g, "prepare", lambda args: [g.given if part is g.signed_constant else part for part in prepare(args)]
-    )
+    def watch_finetune(f, *args, **kw):
+        retrained.append(f.rest())
+        return finetune(f, *args, **kw)
+
+    pretrained = {g.signed_constant: g.given}
+    monkeypatch.setattr(g, "mine", watch_mine)
+    monkeypatch.setattr(g, "finetune", watch_finetune)
+    monkeypatch.setattr(g, "prepare", lambda args: [pretrained.get(x, x) if callable(x) else x for x in prepare(args)])
     assert g.main(command(pictures, tmp_path / "run", "--epochs", "1", "--checks")) == 0
-    assert len(starts) == 2 and same(*starts)
+    assert [start.pop("invert") for start in mined] == [False, True] and same(*mined)
+    assert len(retrained) == 4 and all(same(start, retrained[0]) for start in retrained)
 
 
 def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
@@ -979,12 +1007,12 @@ def refused(argv, capsys, *words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--sparsity 0", ["KEPT"]), ("--sparsity -0.1", ["KEPT"]), ("--sparsity 1.44", ["0.0144"]), ("--sparsity 144", ["KEPT"]),
+        ("--sparsity 0", ["KEPT"]), ("--sparsity -0.1", ["KEPT"]), ("--sparsity 1.44", ["0.0144"]), ("--sparsity 1.44%", ["0.0144"]), ("--sparsity 144", ["KEPT"]),
         ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
         ("--epochs 0", ["--epochs", "from 1"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
         ("--lr nan", ["--lr"]), ("--lr 0", ["--lr"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]), ("--batch-size 0", ["--batch-size"]),
         ("--seed -1", ["--seed"]), ("--finetune-epochs 0", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
-        ("--model resnet21", ["resnet21", "resnet20"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
+        ("--model resnet21", ["resnet21", "vgg16"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
         ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
         ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8", "--image-size"]),
         ("--dataset folder:", ["folder"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--lam 1e39", ["not finite"]),
