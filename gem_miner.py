@@ -1041,15 +1041,12 @@ def run_command(args):
         data=train, test=test, epochs=E_ft, lr=args.finetune_lr, seed=args.seed,
         schedule=functools.partial(multistep, milestones=args.milestones),
     )  # fmt: skip
-
-    def chosen(gem):
-        # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
-        # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
-        return {"q": gem.q, "m": gem.m}[args.finetune_mask]
-
     before = f.rest()
     gem = run.do("mine", mine, f, **mining)
     if gem:
+        # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
+        # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
+        mask = {"q": gem.q, "m": gem.m}[args.finetune_mask]
         found = {
             "model": args.model,
             "build": build,
@@ -1058,7 +1055,7 @@ def run_command(args):
             "initial": {**before, **f.views(gem.w)},  # loads into models.build(model, **build); so do gem, finetuned
             "scores": f.views(gem.p),
             "q": f.views(gem.q.bool()),
-            "mask": f.views(chosen(gem).bool()),
+            "mask": f.views(mask.bool()),
             "gem": {**f.rest(), **f.views(gem.w * gem.m)},
         }
         run.save("gem.pt", found)
@@ -1105,8 +1102,9 @@ def report(run, f, args, mask, n_test):
     }  # fmt: skip
     print("\nkept of each layer (Fig. 7)")
     shares = [layer["kept"] / layer["total"] for layer in layers]
+    longest = max(*shares, 1e-9)
     for layer, share in zip(layers, shares):
-        bar = "#" * round(50 * share / max(*shares, 1e-9))
+        bar = "#" * round(50 * share / longest)
         print(f"  {layer['name']:<28} {layer['kept']:>9,} of {layer['total']:>9,} {100 * share:>8.3f}%  {bar}")
     print(
         f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of gem_miner.py and models.py: offline, on the CPU, in about two minutes on two cores.
+"""Tests of gem_miner.py and models.py: offline, on the CPU, in about a minute on two cores.
 
 Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
 """
