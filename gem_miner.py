@@ -368,6 +368,37 @@ def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
 sgd_decayed = functools.partial(sgd, weight_decay=1e-4)
 
 
+def fit(
+    f, u, effective, train, *, phase, epochs, lr, optimizer, schedule, batch_size=128, seed=0, others=(),
+    on_epoch=None, state=None,
+):  # fmt: skip
+    """Learn the vector u: minimise the cross-entropy of f(effective(u, j), x) in epochs j = 1..E. Returns u.
+
+    effective maps u to weights (d,). others: parameters that are trained too. phase: what the random draws of an
+    epoch depend on, together with the seed. train, optimizer, schedule, on_epoch and state are as for mine.
+    """
+    if state:
+        u = state["u"]
+        f.restore(state["rest"])
+    u = u.to(f.device, copy=True).requires_grad_()
+    opt = optimizer([u, *others], lr)
+    if state:
+        opt.load_state_dict(state["optimizer"])
+    for j in range(state["epoch"] + 1 if state else 1, epochs + 1):
+        with epoch(f, opt, schedule(lr, j, epochs), seed, phase, j) as tally:
+            for x, y in minibatches(train, batch_size, f.device):
+                loss = tally(f(effective(u, j), x), y)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+            v = effective(u.detach(), j)
+        kept = int(v.count_nonzero())
+        row = tally.row(j, schedule(lr, j, epochs), u) | {"q": kept, "m": kept}
+        if on_epoch:
+            on_epoch(row, v, {"epoch": j, "u": u.detach(), "optimizer": opt.state_dict(), "rest": f.rest()})
+    return u.detach()
+
+
 def finetune(
     model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, schedule=multistep,
     batch_size=128, seed=0, on_epoch=None, state=None,
@@ -379,28 +410,13 @@ def finetune(
     Returns w * m (d,), and leaves the model in eval mode, holding it. Raises FloatingPointError as mine does.
     """
     f = Network.of(model)
-    if state:
-        w, m = state["w"], state["m"]
-        f.restore(state["rest"])
-    w, m = w.to(f.device, copy=True).requires_grad_(), m.to(f.device, f.dtype)
+    m = m.to(f.device, f.dtype)
     others = [p for n, p in f.model.named_parameters() if n not in f.weights and p.requires_grad]
-    opt = optimizer([w, *others], lr)
-    if state:
-        opt.load_state_dict(state["optimizer"])
-    for j in range(state["epoch"] + 1 if state else 1, epochs + 1):
-        with epoch(f, opt, schedule(lr, j, epochs), seed, "finetune", j) as tally:
-            for x, y in minibatches(train, batch_size, f.device):
-                loss = tally(f(w * m, x), y)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-        kept = int(m.count_nonzero())
-        row = tally.row(j, schedule(lr, j, epochs), w) | {"q": kept, "m": kept}
-        if on_epoch:
-            vectors = {"w": w.detach(), "m": m.bool()}
-            on_epoch(row, w.detach() * m, {"epoch": j, **vectors, "optimizer": opt.state_dict(), "rest": f.rest()})
+    w = m * fit(
+        f, w, lambda w, j: w * m, train, phase="finetune", epochs=epochs, lr=lr, optimizer=optimizer,
+        schedule=schedule, batch_size=batch_size, seed=seed, others=others, on_epoch=on_epoch, state=state,
+    )  # fmt: skip
     f.eval()
-    w = w.detach() * m
     f.load(w)
     return w
 
@@ -502,11 +518,12 @@ class Batches:
     """Normalised float batches (B, 3, H, W) of a Split that lies on the device, anew at each iteration.
 
     train: in random order, each image cropped at random out of a black border of `pad` pixels, and flipped with
-    probability 1/2 where `pad` is not 0. stats: (mean, std) of the pixels, per channel, in 0..255.
+    probability 1/2 where `pad` is not 0. stats: (mean, std) of the pixels, per channel, in 0..255. shown: on a
+    terminal, say how far an iteration is.
     """
 
-    def __init__(self, split, stats, batch_size, train=False, pad=0):
-        self.y, self.batch_size, self.train, self.pad = split.y, batch_size, train, pad
+    def __init__(self, split, stats, batch_size, train=False, pad=0, shown=False):
+        self.y, self.batch_size, self.train, self.pad, self.shown = split.y, batch_size, train, pad, shown
         self.mean, self.std = (torch.as_tensor(t, dtype=torch.float32, device=split.x.device) for t in stats)
         self.size = split.x.shape[1:3]
         self.x = F.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
@@ -521,7 +538,11 @@ class Batches:
         top, left = torch.randint(2 * self.pad + 1, (2, n, 1)).to(device)
         mirror = (torch.rand(n, 1) < 0.5).to(device)
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-        for i in chunks(order, self.batch_size):
+        last = time.monotonic()
+        for number, i in enumerate(chunks(order, self.batch_size)):
+            if self.shown and CLEAR and time.monotonic() - last > 0.2:
+                last = time.monotonic()
+                print(f"{CLEAR}  batch {number} of {len(self)}", end="", flush=True)
             if self.pad:  # one gather picks, crops and flips
                 across = left[i] + torch.where(mirror[i], columns.flip(0), columns)
                 x = self.x[i[:, None, None], (top[i] + rows)[:, :, None], across[:, None, :]]
@@ -761,6 +782,13 @@ def load(path, device="cpu"):
         raise InputError(f"{path} is damaged ({type(e).__name__}): choose another --out and start again") from e
 
 
+def same_settings(ours, theirs, out):
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            found = f"{out} holds a run whose --{key.replace('_', '-')} is {theirs.get(key)}, not {value}"
+            raise InputError(f"{found}: use the same, or choose another --out")
+
+
 class Run:
     """The folder of one run, and its phases one after the other, each continued where the checkpoint left it.
 
@@ -793,11 +821,7 @@ class Run:
             theirs, self.rows, self.phase, self.state = (saved[k] for k in ("settings", "rows", "phase", "state"))
         except (KeyError, TypeError) as e:
             raise InputError(f"{checkpoint} is not a checkpoint of this program: choose another --out") from e
-        for key, ours in self.settings.items():
-            if theirs.get(key) != ours:
-                flag = "--" + key.replace("_", "-")
-                found = f"{self.out} holds a run whose {flag} is {theirs.get(key)}, not {ours}"
-                raise InputError(f"{found}: use the same, or choose another --out")
+        same_settings(self.settings, theirs, self.out)
 
     def save(self, name, content):
         save(self.out / name, content)
@@ -831,31 +855,16 @@ class Run:
             self.save("log.jsonl", self.log())
 
         state, self.phase = self.state if last else None, phase
-        return method(f, *args, Watched(data), epochs=epochs, on_epoch=on_epoch, state=state, **kw)
+        return method(f, *args, data, epochs=epochs, on_epoch=on_epoch, state=state, **kw)
 
     def show(self, row, d):
-        left = int(self.remaining * row["seconds"])
+        left = int(max(0, self.remaining) * row["seconds"])
         print(
-            f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f}"
+            f"{CLEAR}{row.get('stage', row['phase']):<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f}"
             f" {row['train_acc']:>8.2f} {row['test_acc']:>7.2f} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f}"
             f" {row['seconds']:>8.1f} {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
             flush=True,
         )
-
-
-class Watched:
-    """Batches that, on a terminal, show how far the epoch is."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        shown = time.monotonic()
-        for i, batch in enumerate(self.batches):
-            if CLEAR and time.monotonic() - shown > 0.2:
-                shown = time.monotonic()
-                print(f"{CLEAR}  batch {i} of {len(self.batches)}", end="", flush=True)
-            yield batch
 
 
 CLEAR = "\r\033[K" if sys.stdout and sys.stdout.isatty() else ""
@@ -911,31 +920,23 @@ def rate(text):
     return number(float, text, 0, above=True)
 
 
-def parser():
+def flags_of_all_methods(cli):
+    """The flags that the methods of baselines.py have as well."""
     import models
 
-    cli = Parser(description="Find a lottery ticket at initialisation (Rare Gems, arXiv 2202.12002) and train it.")
-    g = cli.add_argument_group("what to mine")
+    g = cli.add_argument_group("what to prune")
     g.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
     g.add_argument("--image-size", type=count, help="resize the images of folder:PATH to this many pixels square")
     g.add_argument("--val", action="store_true", help="report on held-out training images, not on the test set")
     g.add_argument("--seed", type=natural, default=0)
-    g = cli.add_argument_group("mining (defaults: the paper's Tables 8 to 14, the nearest sparsity)")
-    g.add_argument("--epochs", type=count, help="E; given alone, the period scales with it")
-    g.add_argument("--period", type=count, help="T, epochs between freezes")
+    g = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)")
+    g.add_argument("--epochs", type=count, help="E")
     g.add_argument("--batch-size", type=count)
-    g.add_argument("--optimizer", choices=("sgd", "adam"))
-    g.add_argument("--lr", type=rate, help="learning rate of the scores")
-    g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores")
-    g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
-    g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
-    g = cli.add_argument_group("finetuning (defaults: Table 15)")
-    g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
-    g.add_argument("--finetune-epochs", type=count, help="(default: as --epochs)")
+    g.add_argument("--finetune-epochs", type=natural, help="0: only search (default: as --epochs)")
     g.add_argument("--finetune-lr", type=rate)
-    g.add_argument("--checks", action="store_true", help="run the three sanity checks of section 4 as well")
+    g.add_argument("--checks", action="store_true", help="run the sanity checks of section 4 as well")
     g = cli.add_argument_group("where and how")
     g.add_argument("--out", type=Path, help="folder of the run (default: under runs/)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -943,7 +944,30 @@ def parser():
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
+
+
+def parser():
+    about = "Find a lottery ticket at initialisation (Rare Gems, arXiv 2202.12002) and train it."
+    cli = Parser(prog="gem_miner.py", description=about)
+    cli.set_defaults(method="gem-miner")
+    flags_of_all_methods(cli)
+    g = cli.add_argument_group("mining (defaults: Tables 8 to 14)")
+    g.add_argument("--period", type=count, help="T, epochs between freezes; scales with --epochs if not given")
+    g.add_argument("--optimizer", choices=("sgd", "adam"))
+    g.add_argument("--lr", type=rate, help="learning rate of the scores")
+    g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores")
+    g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
+    g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
+    g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
     return cli
+
+
+def read(cli, argv=None):
+    """The arguments, and the command that gave them."""
+    args = cli.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", cli.prog, *(str(a) for a in given if a != "--resume")])
+    return args
 
 
 def complete(args):
@@ -955,14 +979,14 @@ def complete(args):
     paper = paper_setting(args.model, args.dataset, args.sparsity)
     if args.epochs is None:
         args.epochs = paper.epochs
-    if args.period is None:
-        args.period = max(1, round(paper.period * args.epochs / paper.epochs))
-    if args.period > args.epochs:
-        raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
-    for name in ("batch_size", "optimizer", "lr", "lam", "finetune_lr"):
-        if getattr(args, name) is None:
+    paper = paper._replace(period=max(1, round(paper.period * args.epochs / paper.epochs)))
+    for name in ("batch_size", "period", "optimizer", "lr", "lam", "finetune_lr"):
+        if getattr(args, name, "no such flag") is None:
             setattr(args, name, getattr(paper, name))
-    args.finetune_epochs = args.finetune_epochs or args.epochs
+    if getattr(args, "period", 1) > args.epochs:
+        raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
+    if args.finetune_epochs is None:
+        args.finetune_epochs = args.epochs
     args.milestones = [t / paper.epochs for t in paper.milestones]
     args.defaults = f"{paper.model} on {paper.dataset} at {100 * paper.sparsity:g}%"
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -974,7 +998,7 @@ def complete(args):
         args.bf16 = device == "cuda"
     if args.out is None:
         data = args.dataset.replace("folder:", "folder-").replace("/", "_")
-        args.out = Path("runs") / f"{args.model}-{data}-{args.sparsity:g}-seed{args.seed}"
+        args.out = Path("runs") / f"{args.method}-{args.model}-{data}-{args.sparsity:g}-seed{args.seed}"
     return args
 
 
@@ -999,7 +1023,7 @@ def prepare(args):
         raise InputError(f"--sparsity {args.sparsity:g} keeps none of {f.d:,} weights: take at least {1 / f.d:.2g}")
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
-    train = Batches(train, stats, args.batch_size, train=True, pad=data.pad)
+    train = Batches(train, stats, args.batch_size, train=True, pad=data.pad, shown=True)
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
     try:
         accuracy(f, [next(iter(test))])
@@ -1008,41 +1032,78 @@ def prepare(args):
             raise InputError("out of memory: try a smaller --batch-size") from e
         hint = "try --image-size 32; " if args.dataset.startswith("folder:") else ""
         raise InputError(f"{args.model} fails on images of {'x'.join(map(str, test.size[::-1]))}: {hint}{e}") from e
-    return f, train, test, given if transfer else signed_constant, build
+    return f, train, test, build
 
 
-def run_command(args):
-    """Mine, finetune and check as the arguments say."""
-    aside = ("out", "resume", "checks", "data_dir", "device", "compile")  # may differ when a run is resumed
-    run = Run(args.out, {k: v for k, v in vars(args).items() if k not in aside}, args.resume, args.device)
-    f, train, test, init, build = prepare(args)
-    E, E_ft, d = args.epochs, args.finetune_epochs, f.d
-    later = " and ".join(str(round(E_ft * t)) for t in args.milestones)
+class Plan(NamedTuple):
+    """A method, as run_command() needs it."""
+
+    find: object  # (f, batches, *, epochs, init, seed, on_epoch, state, invert if that is a check) -> Gem
+    epochs: int  # how many of them that takes
+    text: str  # what it does, for the head of a run
+    draw: object = signed_constant  # w from a Network
+    schedule: object = None  # of finetuning; default: multistep at the paper's milestones
+    checks: tuple = ("shuffle", "reinit", "invert")  # those of section 4 that make sense
+
+    def cost(self, args):
+        """Epochs of a run."""
+        search = self.epochs * (1 + (args.checks and "invert" in self.checks))
+        return search + args.finetune_epochs * (1 + args.checks * len(self.checks))
+
+
+def plan(args):
+    """Gem-Miner as a Plan."""
+    find = functools.partial(
+        mine, sparsity=args.sparsity, period=args.period, lr=args.lr, lam=args.lam,
+        optimizer={"sgd": sgd, "adam": adam}[args.optimizer], penalty={"l2": l2, "l1": l1}[args.penalty],
+        r={"deterministic": round_ste, "random": round_random}[args.rounding],
+    )  # fmt: skip
+    text = (
+        f"{args.epochs} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
+        f" lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}"
+    )
+    return Plan(find, args.epochs, text)
+
+
+def settings(args):
+    """What must be the same for a run to be continued."""
+    aside = ("out", "resume", "checks", "data_dir", "device", "compile", "command")
+    return {name: value for name, value in vars(args).items() if name not in aside}
+
+
+def run_command(args, plan):
+    """Find what to keep, finetune it, and check it, as the arguments and the Plan say."""
+    run = Run(args.out, settings(args), args.resume, args.device)
+    try:
+        pipeline(run, args, plan)
+    except KeyboardInterrupt:
+        resume = " --resume" if (args.out / "checkpoint.pt").exists() else ""
+        raise KeyboardInterrupt(args.command + resume) from None
+
+
+def pipeline(run, args, plan):
+    f, train, test, build = prepare(args)
+    init = given if build["affine"] else plan.draw  # Caltech-101's ResNet-50 is pretrained
+    E_ft, later = args.finetune_epochs, " and ".join(str(round(args.finetune_epochs * t)) for t in args.milestones)
     print(
-        f"Gem-Miner  {args.model}, d = {d:,}; keep {round(args.sparsity * d):,} weights ({100 * args.sparsity:g}%)\n"
+        f"{args.method:<10} {args.model}, d = {f.d:,}; keep {round(args.sparsity * f.d):,} weights"
+        f" ({100 * args.sparsity:g}%)\n"
         f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to"
         f" {'validate' if args.val else 'test'} on\n"
         f"defaults   those of {args.defaults}\n"
-        f"mining     {E} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
-        f" lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}\n"
-        f"finetuning {E_ft} epochs of {args.finetune_mask}; sgd, lr {args.finetune_lr:g}, a tenth after {later}\n"
+        f"search     {plan.text}\n"
+        f"finetuning {E_ft} epochs; sgd, lr {args.finetune_lr:g},"
+        f" {'cosine' if plan.schedule else 'a tenth after ' + later}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
         f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
     )
     for row in run.rows:
-        run.show(row, d)
-    run.remaining = E + E_ft + (E + 3 * E_ft if args.checks else 0)
-    mining = dict(
-        data=train, test=test, epochs=E, sparsity=args.sparsity, period=args.period, lr=args.lr, lam=args.lam,
-        optimizer={"sgd": sgd, "adam": adam}[args.optimizer], penalty={"l2": l2, "l1": l1}[args.penalty],
-        r={"deterministic": round_ste, "random": round_random}[args.rounding], init=init, seed=args.seed,
-    )  # fmt: skip
-    finetuning = dict(
-        data=train, test=test, epochs=E_ft, lr=args.finetune_lr, seed=args.seed,
-        schedule=functools.partial(multistep, milestones=args.milestones),
-    )  # fmt: skip
+        run.show(row, f.d)
+    run.remaining = plan.cost(args)
+    search = dict(data=train, test=test, epochs=plan.epochs, init=init, seed=args.seed)
+    schedule = plan.schedule or functools.partial(multistep, milestones=args.milestones)
     before = f.rest()
-    gem = run.do("mine", mine, f, **mining)
+    gem = run.do("mine", plan.find, f, **search)
     if gem:
         # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
         # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
@@ -1066,39 +1127,47 @@ def run_command(args):
 
     def retrain(phase, w, mask):
         f.restore(after)
-        return run.do(phase, finetune, f, w, mask, **finetuning)
+        return run.do(
+            phase, finetune, f, w, mask, data=train, test=test, epochs=E_ft, lr=args.finetune_lr, schedule=schedule,
+            seed=args.seed,
+        )  # fmt: skip
+
+    def keep(**parts):
+        found.update(parts)
+        run.save("gem.pt", found)
 
     trained = retrain("finetune", w, mask)
     if trained is not None:
-        found["finetuned"] = {**f.rest(), **f.views(trained)}
-        run.save("gem.pt", found)
-    if args.checks:
+        keep(finetuned={**f.rest(), **f.views(trained)})
+    if args.checks and "shuffle" in plan.checks:
         retrain("shuffle", w, shuffle(f, mask, args.seed))
+    if args.checks and "reinit" in plan.checks:
         # Pretrained weights have no distribution to draw from: Kaiming normal, as in the authors' check.
         retrain("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
+    if args.checks and "invert" in plan.checks:
         f.restore(before)
         f.load(w)
-        gem = run.do("invert (mine)", mine, f, **mining, invert=True)
-        retrain("invert", w, gem.q if gem else None)  # q: without the largest scores, r(p) * q is all but empty
-    report(run, f, args, mask, len(test.y))
+        gem = run.do("invert (mine)", plan.find, f, **search, invert=True)
+        if gem:
+            keep(inverted=f.views(gem.q.bool()))  # q: without the largest scores, r(p) * q is all but empty
+        retrain("invert", w, f.vector(found["inverted"]).to(f.dtype))
+    report(run, f, args, plan, mask, len(test.y))
 
 
 CHECKS = {"shuffle": "random shuffling", "reinit": "weight reinitialisation", "invert": "score inversion"}
 
 
-def report(run, f, args, mask, n_test):
+def report(run, f, args, plan, mask, n_test):
     """Print the end of a run, and write result.json."""
     pre, post = run.last("mine"), run.last("finetune")
     layers = [{"name": n, "total": t, "kept": k} for (n, k), t in zip(f.counts(mask).items(), f.sizes)]
     kept = sum(layer["kept"] for layer in layers)
-    acc = post["test_acc"]
+    acc = post and post["test_acc"]
     result = {
-        "model": args.model, "dataset": args.dataset, "method": "gem-miner", "sparsity": args.sparsity,
-        "total": f.d, "kept": kept, "kept_q": pre["q"], "kept_m": pre["m"], "finetune_mask": args.finetune_mask,
-        "layers": layers, "pre_finetune_acc": pre["test_acc"], "post_finetune_acc": acc, "validation": args.val,
-        "epochs": args.epochs, "finetune_epochs": args.finetune_epochs, "seed": args.seed,
+        **run.settings, "total": f.d, "kept": kept, "kept_q": pre["q"], "kept_m": pre["m"], "layers": layers,
+        "pre_finetune_acc": pre["test_acc"], "post_finetune_acc": acc, "search_epochs": plan.epochs,
         "seconds": round(sum(row["seconds"] for row in run.rows), 1), "device": args.device.type,
-        "bf16": args.bf16, "torch": torch.__version__, "command": shlex.join(["python", *sys.argv]),
+        "torch": torch.__version__, "command": args.command,
     }  # fmt: skip
     print("\nkept of each layer (Fig. 7)")
     shares = [layer["kept"] / layer["total"] for layer in layers]
@@ -1106,14 +1175,14 @@ def report(run, f, args, mask, n_test):
     for layer, share in zip(layers, shares):
         bar = "#" * round(50 * share / longest)
         print(f"  {layer['name']:<28} {layer['kept']:>9,} of {layer['total']:>9,} {100 * share:>8.3f}%  {bar}")
+    both = f"  (q {pre['q']:,}, r(p)*q {pre['m']:,})" if args.method == "gem-miner" else ""
     print(
         f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer"
-        f"  (q {pre['q']:,}, r(p)*q {pre['m']:,})\n"
-        f"pre-finetune   {pre['test_acc']:.2f}%  (r(p)*q, no weight trained)\n"
-        f"post-finetune  {acc:.2f}%"
+        f"{both}\n"
+        f"pre-finetune   {pre['test_acc']:.2f}%" + (f"\npost-finetune  {acc:.2f}%" if post else "")
     )
-    checks = {name: run.last(name) for name in CHECKS}
-    if all(row and row["epoch"] == args.finetune_epochs for row in checks.values()):
+    checks = {name: run.last(name) for name in plan.checks}
+    if checks and all(row and row["epoch"] == args.finetune_epochs for row in checks.values()):
         result["checks"] = {}
         print("\nsanity checks: passed if the accuracy after finetuning falls by more than 3 of its standard errors")
         print(f"  {'the gem':<24}{acc:>7.2f}%  {kept:>9,} weights")
@@ -1126,25 +1195,29 @@ def report(run, f, args, mask, n_test):
     run.save("result.json", json.dumps(result, indent=1) + "\n")
 
 
-def main(argv=None):
-    """The command line; returns its exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    out = None
+def guarded(prog, work):
+    """work(), and then an exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     try:
-        args = complete(parser().parse_args(argv))
-        out = args.out
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
-            run_command(args)
+            work()
     except (InputError, FloatingPointError, ImportError, OSError) as e:
-        print(f"{CLEAR}gem_miner.py: error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
+        print(f"{CLEAR}{prog}: error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        command = ["python", *(a for a in sys.argv if a != "--resume")]
-        if out and (out / "checkpoint.pt").exists():
-            command.append("--resume")
-        print(f"{CLEAR}interrupted; to continue: {shlex.join(command)}", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"{CLEAR}interrupted{f'; to continue: {e}' if str(e) else ''}", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv=None):
+    """The command line; returns its exit code."""
+
+    def work():
+        args = complete(read(parser(), argv))
+        run_command(args, plan(args))
+
+    return guarded("gem_miner.py", work)
 
 
 if __name__ == "__main__":

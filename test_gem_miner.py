@@ -770,7 +770,7 @@ def test_settings_are_the_papers():
 
 def test_the_period_shrinks_with_the_epochs():
     def plan(*argv):
-        return g.complete(g.parser().parse_args(argv))
+        return g.complete(g.read(g.parser(), argv))
 
     assert (plan().epochs, plan().period) == (150, 5)
     assert (
@@ -930,10 +930,9 @@ def test_every_check_starts_from_the_same_state_as_the_gem(pictures, tmp_path, m
         retrained.append(f.rest())
         return finetune(f, *args, **kw)
 
-    pretrained = {g.signed_constant: g.given}
     monkeypatch.setattr(g, "mine", watch_mine)
     monkeypatch.setattr(g, "finetune", watch_finetune)
-    monkeypatch.setattr(g, "prepare", lambda args: [pretrained.get(x, x) if callable(x) else x for x in prepare(args)])
+    monkeypatch.setattr(g, "prepare", lambda args: [*prepare(args)[:3], {"affine": True}])  # as for Caltech-101
     assert g.main(command(pictures, tmp_path / "run", "--epochs", "1", "--checks")) == 0
     assert [start.pop("invert") for start in mined] == [False, True] and same(*mined)
     assert len(retrained) == 4 and all(same(start, retrained[0]) for start in retrained)
@@ -985,7 +984,7 @@ def test_the_other_flags_do_something(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert g.main(["--epochs", "1", "--data-dir", "elsewhere", "--compile", "--device", "cpu"]) == 0
     assert seen == {"root": Path("elsewhere"), "compiled": True}
-    assert (tmp_path / "runs" / "resnet20-cifar10-0.0144-seed0" / "result.json").exists()
+    assert (tmp_path / "runs" / "gem-miner-resnet20-cifar10-0.0144-seed0" / "result.json").exists()
     handled = {a.option_strings[0] for a in g.parser()._actions} - {"-h"}
     assert handled == set(
         "--model --dataset --sparsity --image-size --val --seed --epochs --period --batch-size --optimizer --lr --lam --penalty --rounding"
@@ -1011,7 +1010,7 @@ def refused(argv, capsys, *words):
         ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
         ("--epochs 0", ["--epochs", "from 1"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
         ("--lr nan", ["--lr"]), ("--lr 0", ["--lr"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]), ("--batch-size 0", ["--batch-size"]),
-        ("--seed -1", ["--seed"]), ("--finetune-epochs 0", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
+        ("--seed -1", ["--seed"]), ("--finetune-epochs -1", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
         ("--model resnet21", ["resnet21", "vgg16"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
         ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
         ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8", "--image-size"]),
@@ -1115,14 +1114,10 @@ def test_the_transfer_task_starts_from_pretrained_weights(tmp_path, monkeypatch)
         "caltech101",
         lambda root: g.Data(split, split, 101, pad=0, stats=([120.0] * 3, [60.0] * 3), val=split),
     )
-    args = g.complete(
-        g.parser().parse_args(
-            ["--model", "resnet50", "--dataset", "caltech101", "--out", str(tmp_path), "--device", "cpu"]
-        )
-    )
-    f, train, _, init, build = g.prepare(args)
-    assert init is g.given and f.shapes[-1] == (101, 2048) and f.model.bn1.affine and f.model.fc.bias is None
-    assert torch.equal(f.views(init(f))["layer3.5.conv2.weight"], theirs.layer3[5].conv2.weight)
+    argv = ["--model", "resnet50", "--dataset", "caltech101", "--out", str(tmp_path), "--device", "cpu"]
+    f, train, _, build = g.prepare(g.complete(g.read(g.parser(), argv)))
+    assert build["affine"] and f.shapes[-1] == (101, 2048) and f.model.bn1.affine and f.model.fc.bias is None
+    assert torch.equal(f.views(g.given(f))["layer3.5.conv2.weight"], theirs.layer3[5].conv2.weight)
     x = next(iter(train))[0]
     assert torch.allclose(x.mean((0, 2, 3)), torch.full((3,), 0.1), atol=0.2)
 
