@@ -518,6 +518,8 @@ def prepared(argv):
         args = gm.complete(gm.read(gm.parser(), argv[1:]))
         return args, gm.plan(args)
     args = gm.read(parser(), argv)
+    if args.method == "dense":
+        args.sparsity = 1.0
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
         args.finetune_lr = 0.1
     gm.complete(args)

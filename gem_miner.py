@@ -1185,7 +1185,7 @@ def report(run, f, args, plan, mask, n_test):
     if checks and all(row and row["epoch"] == args.finetune_epochs for row in checks.values()):
         result["checks"] = {}
         print("\nsanity checks: passed if the accuracy after finetuning falls by more than 3 of its standard errors")
-        print(f"  {'the gem':<24}{acc:>7.2f}%  {kept:>9,} weights")
+        print(f"  {args.method:<24}{acc:>7.2f}%  {kept:>9,} weights")
         for name, row in checks.items():
             its = row["test_acc"]
             error = math.sqrt((acc * (100 - acc) + its * (100 - its)) / n_test)  # of the difference, in points
