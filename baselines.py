@@ -62,6 +62,7 @@ def method(find):
         f = gm.Network.of(model)
         if state and "ticket" in state:
             w, p, m = state["ticket"]
+            f.restore(state["rest"])
         else:
             common = dict(epochs=epochs, seed=seed, batch_size=batch_size, on_epoch=on_epoch, state=state)
             w, p, m = find(f, train, **common, **settings)
@@ -74,7 +75,7 @@ def method(find):
                     x, y = next(gm.minibatches(train, batch_size, f.device))
                     tally(f.eval()(w * m, x), y)
                 row = tally.row(epochs, 0.0, w) | {"q": kept, "m": kept, "stage": "ticket"}
-                on_epoch(row, w * m, {"epoch": epochs, "ticket": (w, p, m)})
+                on_epoch(row, w * m, {"epoch": epochs, "ticket": (w, p, m), "rest": f.rest()})
         f.eval()
         f.load(w * m)
         return gm.Gem(w, p, m, m)

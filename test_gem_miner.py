@@ -26,6 +26,7 @@ from torch import nn
 from torchvision.datasets import utils as tv_utils
 from torchvision.transforms.functional import to_pil_image
 
+import baselines as b
 import gem_miner as g
 import models
 
@@ -1122,6 +1123,660 @@ def test_the_transfer_task_starts_from_pretrained_weights(tmp_path, monkeypatch)
     assert torch.allclose(x.mean((0, 2, 3)), torch.full((3,), 0.1), atol=0.2)
 
 
+# --- baselines.py: each method against an oracle of its own ---------------------------------------------------
+
+
+def loss_of(model, x, y, T=1):
+    return F.cross_entropy(model(x) / T, y)
+
+
+def with_weights(v, mode):
+    """tiny() in train or eval mode, holding the weights v."""
+    model = tiny().train(mode)
+    g.Network(model).load(v)
+    return model
+
+
+def central_differences(function, c, h=1e-5):
+    steps = h * torch.eye(len(c), dtype=c.dtype)
+    return torch.stack([(function(c + e) - function(c - e)) / (2 * h) for e in steps])
+
+
+def data_of(batches):
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def test_snip_is_the_change_of_the_loss_with_c():
+    x, y = tiny_batches(1)[0]
+    w = g.Network(tiny()).vector()
+    slopes = central_differences(lambda c: loss_of(with_weights(c * w, False), x, y).detach(), torch.ones(42).double())
+    p = b.snip(g.Network(tiny()), w, lambda: iter([(x, y)]))
+    assert torch.allclose(p, slopes.abs(), atol=1e-8) and p.max() > 1e-3
+
+
+def test_grasp_is_w_times_the_hessian_times_the_gradient():
+    batches = tiny_batches(3)
+    w = g.Network(tiny()).vector()
+    counts = torch.bincount(data_of(batches)[1])
+    k = int(counts.min())
+
+    def gradient(v):  # of all k images of each class; by autograd through plain modules, no second derivative
+        f, total, seen = g.Network(with_weights(v, True)), 0, {}
+        picked = []
+        for x, y in batches:
+            for image, label in zip(x, y.tolist()):
+                seen[label] = seen.get(label, 0) + 1
+                if seen[label] <= k:
+                    picked.append((image, label))
+        n = -(-len(picked) // len(batches[0][1]))  # as many batches as they need
+        for part in torch.arange(len(picked)).chunk(n):
+            x, y = torch.stack([picked[i][0] for i in part]), torch.tensor([picked[i][1] for i in part])
+            total = total + loss_of(f.model, x, y, T=200) * len(y)
+        return f.vector(dict(zip(f.names, torch.autograd.grad(total, list(f.weights.values())))))
+
+    h = gradient(w)
+    hessian = central_differences(gradient, w)
+    p = b.grasp(g.Network(tiny()), w, lambda: iter(batches), per_class=k)
+    assert torch.allclose(p, w * (hessian @ h), rtol=1e-4, atol=1e-10) and (p < 0).any() and (p > 0).any()
+    # The end that is removed: theirs is S = -w * (H g), the largest S go.
+    gem = b.at_init(tiny(), batches, score="grasp", sparsity=0.5, init=g.given)
+    S = -b.grasp(g.Network(tiny()), w, lambda: iter(batches))
+    assert int(gem.m.sum()) == 42 - 21 + 1 and S[gem.m == 1].max() <= S[gem.m == 0].min()
+
+
+def test_grasp_sees_as_many_images_of_each_class():
+    y = torch.tensor([0, 0, 0, 0, 1, 0, 1, 2, 1, 2, 2, 0])
+    x = torch.arange(12.0)[:, None].double()
+    model = nn.Linear(1, 3).double()
+    f = g.Network(model)
+    parts = b.balanced(f, f.vector(), [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])], 2)
+    assert data_of(parts)[0].flatten().tolist() == [0, 1, 4, 6, 7, 9] and len(parts) == 2
+    parts = b.balanced(f, f.vector(), [(x, y)], 100)  # fewer, where the data have fewer
+    assert sorted(data_of(parts)[0].flatten().tolist()) == list(range(12))
+
+
+def sequential(width=6):
+    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(64, 5, bias=False))
+
+
+def test_synflow_conserves_the_sum_of_scores():
+    """In a sequential network every layer's scores sum to R, also for a masked one; R by hand."""
+    torch.manual_seed(0)
+    f = g.Network(sequential().double())
+    w = g.kaiming_normal(f) * (torch.rand(f.d) < 0.5)
+    sums = [u.sum() for u in b.synflow(f, w, lambda: iter([(torch.randn(2, 3, 8, 8), None)])).split(f.sizes)]
+    x, bn = torch.ones(1, 3, 8, 8).double(), (1 + 1e-5) ** -0.5
+    v = list(f.views(w.abs()).values())
+    x = F.max_pool2d(F.conv2d(x, v[0], padding=1) * bn, 2)
+    R = (F.conv2d(x, v[1], padding=1) * bn).flatten(1) @ v[2].T
+    assert all(math.isclose(s, R.sum(), rel_tol=1e-9) for s in sums)
+
+
+def test_synflow_empties_no_layer_where_one_shot_methods_do():
+    torch.manual_seed(0)
+    f, data = g.Network(sequential(64)), (torch.randn(20, 3, 8, 8), torch.arange(20) % 5)
+    kept = [f.counts(b.at_init(f, data, score="synflow", sparsity=s).m) for s in (0.1, 0.02, 0.005)]
+    assert all(min(counts.values()) > 0 for counts in kept)
+    with pytest.warns(UserWarning, match="no weight is left in 4.weight"):
+        b.at_init(f, data, score="magnitude", sparsity=0.005)
+
+
+def test_synflow_prunes_in_100_exponential_steps_in_float64(monkeypatch):
+    seen, largest = [], b.largest
+    monkeypatch.setattr(
+        b,
+        "largest",
+        lambda p, sizes, counts, invert: seen.append((len(p), *counts, p.dtype)) or largest(p, sizes, counts, invert),
+    )
+    f = g.Network(models.resnet20())
+    b.at_init(f, (torch.randn(2, 3, 8, 8), torch.tensor([0, 1])), score="synflow", sparsity=0.0144)
+    before, after, dtypes = zip(*seen)
+    assert len(seen) == 100 and set(dtypes) == {torch.float64} and before == (f.d, *after[:-1])
+    for k, keep in ((1, 0.958481), (2, 0.918686), (50, 0.12), (99, 0.0150238), (100, 0.0144)):  # FACTS 12.8
+        assert abs(after[k - 1] - keep * f.d) < 1.5
+
+
+def test_synflow_does_not_overflow_on_mobilenet(monkeypatch):
+    monkeypatch.setitem(b.SCORES, "synflow", b.SCORES["synflow"]._replace(rounds=2))
+    data = (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert b.at_init(models.mobilenetv2(), data, score="synflow", sparsity=0.05).m.sum() == 113_092
+
+
+def test_prospr_without_steps_is_snip_and_with_one_differentiates_through_it():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    f, (x, y) = g.Network(model), tiny_batches(1)[0]
+    assert torch.allclose(
+        b.prospr(f, f.vector(), lambda: iter([(x, y)]), K=0), b.snip(f, f.vector(), lambda: iter([(x, y)]))
+    )
+    w, eta = g.Network(tiny()).vector(), 0.1
+
+    def after_a_step(c):
+        model = with_weights(c * w, True)
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(loss_of(model, x, y), parameters)
+        with torch.no_grad():
+            for p, grad in zip(parameters, grads):
+                p -= eta * grad
+        return loss_of(model, x, y).detach()
+
+    p = b.prospr(g.Network(tiny()), w, lambda: iter([(x, y)]), K=1, eta=eta)
+    assert torch.allclose(p, central_differences(after_a_step, torch.ones(42).double()).abs(), atol=1e-8)
+    assert not torch.allclose(p, b.prospr(g.Network(tiny()), w, lambda: iter([(x, y)]), K=0), rtol=1e-2)
+
+
+@pytest.mark.parametrize("method, counts", [
+    ("snip", (3864, 1583, 13417)), ("grasp", (3866, 1585, 13418)), ("synflow", (3865, 1584, 13417)), ("prospr", (3865, 1584, 13417)),
+    ("random", (3864, 1583, 13417)), ("magnitude", (3864, 1583, 13417)), ("dense", (268_336,) * 3),
+])  # fmt: skip
+def test_scored_methods_keep_what_their_authors_rule_says_and_leave_no_trace(method, counts, monkeypatch):
+    """FACTS 12.8; and BatchNorm, the model's mode of evaluation, the random state, the seed."""
+    monkeypatch.setitem(b.SCORES, "synflow", b.SCORES["synflow"]._replace(rounds=3))
+    f = g.Network(models.resnet20())
+    data = (torch.randn(8, 3, 8, 8), torch.arange(8) % 4)
+    before, state = f.rest(), torch.get_rng_state()
+    for s, n in zip((0.0144, 0.0059, 0.05), counts):
+        gem = b.at_init(f, data, score=method, sparsity=s)
+        assert int(gem.m.sum()) == n and gem.m.unique().numel() <= 2 and torch.equal(f.vector(), gem.w * gem.m)
+    assert same(f.rest(), before) and torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    again = b.at_init(models.resnet20(), data, score=method, sparsity=0.05)
+    assert torch.equal(gem.m, again.m) and torch.equal(gem.w, again.w)
+    if method != "dense":
+        assert not torch.equal(gem.m, b.at_init(f, data, score=method, sparsity=0.05, seed=1).m)
+        assert gem.p[gem.m == 1].min() >= gem.p[gem.m == 0].max()
+        if method != "random":
+            low = b.at_init(f, data, score=method, sparsity=0.05, invert=True)
+            assert low.m.sum() == gem.m.sum() and (low.m * gem.m).sum() == 0
+
+
+def test_scores_that_are_not_finite_are_refused():
+    with pytest.raises(FloatingPointError, match="snip"):
+        b.at_init(tiny(), [(x * math.nan, y) for x, y in tiny_batches()], score="snip", sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"whole": True}, {"whole": True, "period": 1}, {"whole": True, "regularize": True}, {"invert": True}],
+)
+def test_edge_popup_is_the_papers(variant):
+    """Against explicit SGD on the scores of a plain module: momentum 0.9, weight decay, cosine, |s|, top by layer."""
+    batches, E, lr, s = tiny_batches(), 4, 2.0, 0.4
+    f = g.Network(tiny())
+    with g.seeded(f.device, 0, "scores"):
+        bound = torch.tensor([1 / 3] * 18 + [8**-0.5] * 24, dtype=torch.float64)
+        p = (2 * torch.rand(42, dtype=torch.float64) - 1) * bound
+    w, velocity = b.draw(f, g.signed_constant, 0), torch.zeros(42).double()
+
+    def top(p, j):
+        n = [42] if "whole" in variant else [18, 24]
+        kept = [42 - math.ceil(0.6 * 42)] if "whole" in variant else [18 - int(0.6 * 18), 24 - int(0.6 * 24)]
+        if "period" in variant:  # E = 4, T = 1: three steps of 0.4^(1/3)
+            kept = [42 - math.ceil(42 * (1 - 0.4 ** (min(3, max(1, j - 1)) / 3)))]
+        order = [u.abs().argsort(descending="invert" not in variant) for u in p.split(n)]
+        return torch.cat([torch.zeros(len(o)).double().scatter(0, o[:k], 1) for o, k in zip(order, kept)])
+
+    model = tiny().train()
+    for j in range(1, E + 1):
+        for x, y in batches:
+            g.Network(model).load(w * top(p, j))
+            grads = torch.autograd.grad(loss_of(model, x, y), [model.conv.weight, model.fc.weight])
+            slope = g.Network(model).vector(dict(zip(f.names, grads))) * w * p.sign()
+            decay = 7e-4 if "regularize" in variant else 5e-4
+            velocity = 0.9 * velocity + slope + decay * p
+            p = p - lr * (1 + math.cos(math.pi * (j - 1) / E)) / 2 * velocity
+    gem = b.edge_popup(f, batches, sparsity=s, epochs=E, lr=lr, **variant)
+    assert torch.allclose(gem.p, p.abs(), atol=1e-10) and torch.equal(gem.w, w)
+    assert torch.equal(gem.m, top(p, E))
+
+
+def test_edge_popup_counts():
+    """FACTS 12.7: of each layer, of the whole network, and gradually."""
+    f = g.Network(models.resnet20())
+    for s, expected in (
+        (0.005, [3, *[12] * 6, 24, *[47] * 5, 93, *[185] * 5, 4]),
+        (0.0144, [7, *[34] * 6, 67, *[133] * 5, 266, *[531] * 5, 10]),
+    ):
+        gem = b.edge_popup(f, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))], sparsity=s, epochs=1)
+        assert list(f.counts(gem.m).values()) == expected
+    assert b.floor((1 - 0.9) * 10) == 1
+    counts = [b.popup_count(f.d, 0.0059, j, 150, 5) for j in range(1, 151)]
+    assert (
+        counts[:11] == [224808] * 11 and counts[11:16] == [188340] * 5 and counts[16] == 157789 and counts[21] == 132193
+    )
+    assert counts[136] == 2255 and counts[141] == 1889 and counts[146:] == [1583] * 4
+    for E, T in ((1, 1), (2, 1), (7, 3), (10, 1), (150, 8)):  # never below the target, never growing
+        counts = [b.popup_count(f.d, 0.0059, j, E, T) for j in range(1, E + 1)]
+        assert counts == sorted(counts, reverse=True) and counts[-1] >= 1583
+
+
+def test_imp_counts_are_the_authors():
+    n, counts = 268_336, []
+    for _ in range(29):
+        counts.append(n := n - math.ceil(n / 5) - 1)
+    authors = "214667 171732 137384 109906 87923 70337 56268 45013 36009 28806 23043 18433 14745 11795 9435 7547 6036 4827 3860 3087 2468 1973 1577 1260 1007 804 642 512 408"
+    assert counts == list(map(int, authors.split()))
+    assert [b.imp_rounds(s) for s in (0.5, 0.1374, 0.0373, 0.0144, 0.0059, 1)] == [3, 9, 15, 19, 23, 1]
+
+
+def masked_sgd(w, m, batches, E, steps=None, state=None):
+    """w after E epochs of SGD (momentum 0.9, weight decay 1e-4, multistep) on tiny(); or after so many steps."""
+    model = state or tiny()
+    f, parameters = g.Network(model.train()), dict(model.named_parameters())
+    f.load(w * m)
+    masks = dict(f.views(m))
+    velocity = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    done = 0
+    for j in range(1, E + 1):
+        for x, y in batches:
+            if done == steps:
+                return f.vector()
+            grads = torch.autograd.grad(loss_of(model, x, y), list(parameters.values()))
+            with torch.no_grad():
+                for (n, p), grad in zip(parameters.items(), grads):
+                    velocity[n] = 0.9 * velocity[n] + masks.get(n, 1) * grad + 1e-4 * p
+                    p -= g.multistep(0.1, j, E) * velocity[n]
+            done += 1
+    return f.vector()
+
+
+@pytest.mark.parametrize("rewind", [0, 6, None])
+def test_imp_and_lrr_are_train_prune_rewind(rewind):
+    """Cold, warm after 6 of the first round's 12 steps, and never rewound; s = 0.5 takes three rounds."""
+    batches, E = tiny_batches(), 3
+    result = b.imp(tiny(), batches, sparsity=0.5, epochs=3 * E, rewind=rewind)
+    w = b.draw(g.Network(tiny()), g.kaiming_normal, 0)
+    model, m, counts = tiny(), torch.ones(42).double(), []
+    start = masked_sgd(w, m, batches, E, steps=rewind or 0)
+    for _ in range(3):
+        trained = masked_sgd(w, m, batches, E, state=model)  # BatchNorm and the bias go on
+        alive = m.nonzero().flatten()
+        gone = alive[trained[alive].abs().argsort()[: math.ceil(len(alive) / 5) + 1]]
+        m[gone] = 0
+        counts.append(int(m.sum()))
+        w = start if rewind is not None else trained
+    assert counts == [32, 24, 18] and torch.equal(result.m, m) and torch.equal(result.q, m)
+    assert torch.allclose(result.w * m, w * m, atol=1e-10)
+    if rewind == 0:
+        assert torch.equal(result.w, w)  # to the bit
+
+
+def test_imp_says_when_it_cannot_rewind_that_far():
+    with pytest.raises(g.InputError, match="step 13.* has 12"):
+        b.imp(tiny(), tiny_batches(), sparsity=0.5, epochs=9, rewind=13)
+
+
+def test_smart_ratio_is_the_hand_computed_one():
+    """FACTS 12.3 and 12.4; the first is what the authors' own file says for all layers."""
+    f = g.Network(models.resnet20())
+    p = b.smart_ratio(f.sizes, 0.0144)
+    assert math.isclose(p[0], 0.10079916, abs_tol=1e-8) and math.isclose(p[18], 0.00143999, abs_tol=1e-8)
+    kept = [43, 210, 189, 169, 150, 132, 116, 201, 345, 291, 243, 199, 159, 247, 371, 265, 176, 106, 53, 192]
+    m = b.random_mask(f, p, 0)
+    assert list(f.counts(m).values()) == kept and sum(kept) == 3857
+    assert not torch.equal(m, b.random_mask(f, p, 1)) and torch.equal(m, b.random_mask(f, p, 0))
+    for ends, total in (((149 / 432, 166 / 640), 3937), ((1.0, 1.0), 4694)):  # v2 and v3
+        assert b.random_mask(f, [ends[0], *p[1:-1], ends[1]], 0).sum() == total
+    sizes = [1728, 36864, 73728, 147456, 294912, 589824, 589824, 1179648, *[2359296] * 5, 5120]
+    p = b.smart_ratio(sizes, 0.005, vgg=True)
+    assert p[0] == 1 and math.isclose(p[1], 0.29080379, abs_tol=1e-8) and math.isclose(p[12], 0.00021662, abs_tol=1e-8)
+    assert [b.floor(n * x) for n, x in zip(sizes, p)] == [
+        1728, 10720, 7797, 7422, 7917, 8997, 5288, 6297, 7464, 4318, 2379, 1199, 511, 1536]  # fmt: skip
+    with pytest.raises(g.InputError, match="0.00072"):
+        b.smart_ratio(f.sizes, 0.0005)
+
+
+def test_the_grid_around_imp_holds_what_the_authors_found_best():
+    f = g.Network(models.resnet20())
+    kept = [194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172]
+    best = [
+        54.907,
+        11.590,
+        10.852,
+        8.724,
+        7.769,
+        7.899,
+        6.205,
+        5.185,
+        3.255,
+        3.342,
+        2.398,
+        2.018,
+        1.714,
+        1.177,
+        0.5639,
+        0.3364,
+        0.3472,
+        0.3147,
+        0.1197,
+        16.875,
+    ]
+    grid = b.ratio_grid([k / n for k, n in zip(kept, f.sizes)])
+    assert len(grid) == 144 == len(set(map(tuple, grid)))
+    assert sum(all(abs(100 * x - y) < 1e-3 for x, y in zip(p, best)) for p in grid) == 1
+    assert all(0 <= x <= 1 for p in b.ratio_grid([0.0, 1.0, 0.5]) for x in p)
+
+
+def test_equation_1_moves_densities_downhill():
+    """Two layers, each a single useful weight and noise: the mean loss over masks falls; the first step is its slope."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    y = (x @ torch.tensor([1.0, -1, 1, 1, -1, 1]) > 0).long()
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    f, start = g.Network(model), [0.3, 0.6]
+    found = {}
+
+    def watch(row, v, state):
+        found[row["epoch"]] = state.get("u")
+
+    b.smart_ratio_ticket(f, [(x, y)] * 20, densities=lambda f: start, tune=0.02, epochs=5, on_epoch=watch)
+    w, sizes = b.draw(f, g.signed_constant, 0), torch.tensor(f.sizes)
+
+    def expected_loss(p, n=400):
+        torch.manual_seed(1)
+        masks = torch.rand(n, f.d) < torch.tensor(p).repeat_interleave(sizes)
+        return sum(F.cross_entropy(f(w * m, x), y).item() for m in masks) / n
+
+    tuned = found[4].tolist()
+    assert expected_loss(tuned) < expected_loss(start) - 0.01 and tuned != start and all(0 <= p <= 1 for p in tuned)
+    b.smart_ratio_ticket(f, [(x, y)] * 20, densities=lambda f: start, tune=1e6, epochs=3, on_epoch=watch)
+    assert set(found[2].tolist()) <= {0.0, 1.0}  # kept in the box
+
+
+# --- baselines.py: its command line ---------------------------------------------------------------------------
+
+
+def baseline(pictures, out, flags):
+    """A run of a method in a second or two."""
+    name, *flags = flags.split()
+    settings = "--epochs 2 --batch-size 8 --sparsity 0.3 --device cpu".split()
+    return [name, "--dataset", f"folder:{pictures}", "--out", str(out), *settings, *flags]
+
+
+RUNS = [
+    "dense", "imp --rewind 3", "lrr --round-epochs 1", "ep", "ep --global", "ep --gradual --epochs 3", "ep --regularize --lr 0.5",
+    "snip", "grasp", "synflow", "prospr", "random", "magnitude", "sr", "sr --version 2", "sr --version 3",
+    "sr --version 4 --trials 2 --round-epochs 1", "sr --version 5 --lr 0.01", "sr --version 6 --trials 1 --round-epochs 1 --lr 0.01",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def baselines_done(pictures, tmp_path_factory):
+    """{flags: folder} of a finished run of every method, with its checks."""
+    home, done = tmp_path_factory.mktemp("baselines"), {}
+    for i, flags in enumerate(RUNS):
+        done[flags] = home / str(i)
+        checks = [] if flags.split()[0] in ("dense", "lrr") else ["--checks"]
+        assert b.main([*baseline(pictures, done[flags], flags), *checks]) == 0
+    return done
+
+
+@pytest.mark.parametrize("flags", RUNS)
+def test_every_method_runs_as_gem_miner_does(flags, baselines_done, pictures):
+    rows, result, file = artefacts(baselines_done[flags])
+    method, f = flags.split()[0], g.Network(models.resnet20(2))
+    assert (
+        result["method"] == method
+        and result["total"] == f.d
+        and result["post_finetune_acc"] == [r for r in rows if r["phase"] == "finetune"][-1]["test_acc"]
+    )
+    searched = [row for row in rows if row["phase"] == "mine"]
+    assert searched[-1]["stage"] == "ticket" and result["pre_finetune_acc"] == searched[-1]["test_acc"]
+    epochs = {
+        "imp": 10,
+        "lrr": 5,
+        "ep": 3 if "3" in flags else 2,
+        "snip": 1,
+        "grasp": 1,
+        "synflow": 1,
+        "prospr": 1,
+    }.get(method, 0)
+    epochs = {"4": 2, "5": 2, "6": 2}.get(flags[13:14], 0) if method == "sr" else epochs
+    assert result["search_epochs"] == epochs and len(searched) == (epochs if epochs > 1 else 0) + 1
+    kept = {"dense": f.d, "imp": 87_756, "lrr": 87_756, "grasp": 80_349, "synflow": 80_348, "prospr": 80_348}.get(
+        method, 80_347
+    )
+    if method != "sr" and flags != "ep":
+        assert result["kept"] == kept == sum(int(m.sum()) for m in file["mask"].values())
+    checks = {"dense": None, "lrr": None, "imp": 2, "random": 2, "sr": 2}.get(method, 3)
+    assert len(result["checks"]) == checks if checks else "checks" not in result
+    for name, check in result.get("checks", {}).items():
+        assert check["kept"] == (result["kept"]) and name in g.CHECKS
+    # Pruned weights have not come back, and the others were trained from what the file says.
+    for n, m in file["mask"].items():
+        assert (file["finetuned"][n][~m] == 0).all() and torch.equal(file["gem"][n], file["initial"][n] * m)
+    assert not same(file["finetuned"], file["gem"])
+    magnitudes = file["initial"]["conv1.weight"].abs().unique().numel()
+    assert magnitudes == 1 if method == "ep" else magnitudes > 100  # signed constant, Kaiming normal
+    model = models.build(file["model"], **file["build"])
+    model.load_state_dict(file["gem"])
+    assert math.isclose(g.accuracy(model, load_pictures(pictures)[1]), result["pre_finetune_acc"], abs_tol=1e-4)
+
+
+def test_variants_differ(baselines_done):
+    masks = [artefacts(baselines_done[flags])[2]["mask"] for flags in RUNS]
+    alike = [(RUNS[i], RUNS[j]) for i in range(len(RUNS)) for j in range(i) if same(masks[i], masks[j])]
+    assert alike == []
+
+
+def test_smart_ratio_takes_the_densities_it_should(baselines_done, pictures, tmp_path):
+    def shares(folder):
+        return {n: m.double().mean().item() for n, m in artefacts(folder)[2]["mask"].items()}
+
+    v1, v2, v3 = (shares(baselines_done[flags]) for flags in ("sr", "sr --version 2", "sr --version 3"))
+    source = baselines_done["sr --version 2"] / "source"
+    assert artefacts(source)[1]["method"] == "gem-miner" and artefacts(source)[1]["post_finetune_acc"] is None
+    for n in v1:
+        end = n in ("conv1.weight", "fc.weight")
+        assert v2[n] == (shares(source)[n] if end else v1[n]) and v3[n] == (1 if end else v1[n])
+    v4 = baselines_done["sr --version 4 --trials 2 --round-epochs 1"]
+    imp = list(shares(v4 / "source").values())
+    sizes = [layer["total"] for layer in artefacts(v4)[1]["layers"]]
+    grid = [[int(n * x + 1e-6) for n, x in zip(sizes, p)] for p in b.ratio_grid(imp)]
+    assert [layer["kept"] for layer in artefacts(v4)[1]["layers"]] in grid
+    v6 = baselines_done["sr --version 6 --trials 1 --round-epochs 1 --lr 0.01"]
+    assert artefacts(v6 / "source")[1]["version"] == 4 and (v6 / "source" / "source" / "gem.pt").exists()
+    # --from: an existing run instead, which gives the same
+    assert b.main(baseline(pictures, tmp_path / "run", f"sr --version 2 --from {source}")) == 0
+    assert shares(tmp_path / "run") == v2 and not (tmp_path / "run" / "source").exists()
+
+
+@pytest.mark.parametrize("flags, stops", [
+    ("imp --rewind 3", (2, 1)), ("imp --rewind 7", (1, 2, 6)), ("lrr --round-epochs 1", (1, 3)), ("ep --gradual", (1, 2)), ("snip", (1,)),
+    ("sr --version 4 --trials 2 --round-epochs 2", (12, 1, 2)), ("sr --version 5 --lr 0.01", (3, 1, 1)),
+])  # fmt: skip
+def test_every_method_resumes_to_the_same_bits(flags, stops, pictures, tmp_path, monkeypatch, capsys):
+    assert b.main(baseline(pictures, tmp_path / "a", flags)) == 0
+    resume = []
+    for n in stops:
+        with monkeypatch.context() as patch:
+            stop_after(patch, n)
+            assert b.main([*baseline(pictures, tmp_path / "b", flags), *resume]) == 130
+        assert "to continue: python baselines.py" in capsys.readouterr().err
+        resume = ["--resume"] if (tmp_path / "b" / "checkpoint.pt").exists() else []
+    assert b.main([*baseline(pictures, tmp_path / "b", flags), *resume]) == 0
+    assert all(same(x, y) for x, y in zip(artefacts(tmp_path / "a"), artefacts(tmp_path / "b")))
+
+
+def test_no_method_looks_at_the_test_set(baselines_done, pictures, tmp_path):
+    """The same training images with other test images give the same masks."""
+    other = tmp_path / "other"
+    make_folder(other, train=16, test=10)
+    for i, path in enumerate(sorted((other / "test").glob("*/*.png"))):
+        picture(1000 + 7 * i).save(path)
+    for flags in RUNS:
+        if "version" not in flags or "4" in flags:
+            assert b.main([*baseline(other, tmp_path / "run" / flags, flags), "--finetune-epochs", "0"][:None]) == 0
+            assert same(artefacts(tmp_path / "run" / flags)[2]["mask"], artefacts(baselines_done[flags])[2]["mask"]), (
+                flags
+            )
+
+
+def test_held_out_images_are_not_trained_on():
+    split = g.Split(
+        torch.arange(30, dtype=torch.uint8)[:, None, None, None].expand(30, 4, 4, 3).clone(), torch.arange(30)
+    )
+    rest, held = b.hold_out(g.Batches(split, ([0.0] * 3, [1.0] * 3), 8, train=True, pad=2))
+    ys = [torch.cat([y for _, y in data]) for data in (rest, held)]
+    assert [len(y) for y in ys] == [27, 3] and sorted(torch.cat(ys).tolist()) == list(range(30))
+    for x, y in held:  # neither cropped nor flipped
+        assert torch.equal(x, y[:, None, None, None].float().expand(-1, 3, 4, 4))
+    assert rest.pad == 2 and rest.train and not held.train
+
+
+def refused_baseline(argv, capsys, *words):
+    capsys.readouterr()
+    assert b.main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("baselines.py: error: "), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("imp --rewind 9 --round-epochs 2 --sparsity 0.9", ["step 9", "has 8"]), ("imp --rewind -1", ["--rewind"]), ("dense --checks", ["--checks"]), ("lrr --checks", ["--checks"]),
+    ("sr --version 7", ["--version"]), ("sr --sparsity 1e-4", ["30%", "above 0.00014"]), ("sr --version 2 --from /nowhere", ["/nowhere", "gem.pt"]),
+    ("ep --lam 1", ["--lam"]), ("snip --rewind 3", ["--rewind"]), ("nonsense", ["nonsense"]), ("snip --sparsity 2", ["KEPT"]), ("snip --resume", ["nothing to resume"]),
+    ("sr --trials 0", ["--trials"]), ("ep --period 9 --gradual", ["--period 9"]), ("random --sparsity 1e-9", ["1e-09"]),
+])  # fmt: skip
+def test_bad_flags_of_baselines(flags, words, pictures, tmp_path, capsys):
+    refused_baseline(baseline(pictures, tmp_path / "run", flags), capsys, *words)
+
+
+def test_densities_of_another_network_are_refused(baselines_done, pictures, tmp_path, capsys):
+    flags = f"sr --version 2 --from {baselines_done['snip']} --model resnet32"
+    refused_baseline(baseline(pictures, tmp_path / "run", flags), capsys, "another network")
+
+
+# --- baselines.py: the paper's tables and figures -------------------------------------------------------------
+
+
+def paper(pictures, out, name, *more):
+    small = "--epochs 2 --batch-size 2 --device cpu --model resnet20".split()
+    return ["paper", name, "--dataset", f"folder:{pictures}", "--out", str(out), *small, *more]
+
+
+@pytest.mark.parametrize("name", b.EXPERIMENTS)
+def test_every_experiment_can_be_listed(name, capsys):
+    """At full size: what each run costs, on the paper's networks and sparsities."""
+    assert b.main(["paper", name, "--dry-run", "--seeds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    costs = [int(line.split("|")[-2].replace(",", "")) for line in lines[2:] if line.startswith("| `python")]
+    assert len(costs) >= 4 and f"| {len(costs)} runs | {sum(costs):,} |" in lines
+    runs = {
+        "table1": 16,
+        "table2": 4,
+        "table3": 10,
+        "table4": 8,
+        "table16": 16,
+        "fig2": 10,
+        "fig5": 6,
+        "fig9": 24,
+        "fig10": 50,
+        "fig7": 24,
+    }
+    assert len(costs) == runs.get(name, len(costs))
+    # Table 1: imp, three of one batch, ep, sr, lrr and Gem-Miner, with their checks; and Table 4.
+    totals = {"table1": [3300, *[602] * 3, 900, 450, 3000, 900], "table4": [300, 3150, 3000, 3000]}
+    assert name not in totals or costs[: len(costs) // 2] == totals[name]
+
+
+def test_experiments_name_what_exists():
+    for name, experiment in b.EXPERIMENTS.items():
+        for label, (command, figures) in experiment.rows.items():
+            assert set(figures) <= set(experiment.columns) <= set(b.COLUMNS), name
+            for other in re.findall(r"@(\S+)", command):
+                assert list(experiment.rows).index(other) < list(experiment.rows).index(label)
+        assert set(experiment.curves) <= set(b.CURVES) and set(experiment.models) <= set(models.MODELS)
+        assert experiment.at or (experiment.models and experiment.sparsities)
+    text = {"table2": "82.67 82.15 81.64 83.4 78.73 78.6", "table3": "19.57 24.47 22.22 34.42 31.56 63.54 19.67 63.72 45.3 66.15",
+            "table4": "300 77.89 3000 79.5 3000 74.52 3000 80.21", "table16": "1.44 77.89 1.44 65.61 1.47 68.59 1.75 69.78 1.44 69.92 1.53 69.01 1.47 69.08"}  # fmt: skip
+    for name, figures in text.items():
+        ours = [f"{v:g}" for _, row in b.EXPERIMENTS[name].rows.values() for v in row.values() if v not in (5, 3.72)]
+        assert ours == figures.split()
+
+
+def test_all_numbers_of_a_command_scale_with_the_epochs(capsys):
+    def listed(*argv):
+        assert b.main(["paper", *argv, "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    assert "--epochs 400 --period 20 --finetune-epochs 20" in listed("table4", "--epochs", "20")
+    out = listed("fig10", "--epochs", "75", "--sparsity", "0.0144", "--bf16")
+    assert "--round-epochs 4 --rewind 500" in out and "--rewind 500" in out and out.count("--bf16") >= 5
+    assert "--rewind 2000" in listed("fig3", "--model", "vgg16") and "--epochs" not in listed("fig3")
+    assert "--trials 19" in listed("table16", "--epochs", "20") and "--sparsity 0.2" in listed(
+        "table2", "--sparsity", "0.2"
+    )
+
+
+def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypatch):
+    argv = paper(pictures, tmp_path, "table2", "--seeds", "2", "--sparsity", "0.3")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert b.main(argv) == 130
+    err = capsys.readouterr().err
+    assert f"to continue: python baselines.py {shlex.join(argv)}\n" in err and "Traceback" not in err
+    assert b.main(argv) == 0
+    out = capsys.readouterr().out
+    results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/result.json"))]
+    assert len(results) == 4 and all(r["checks"] for r in results)
+    [row] = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ProsPr")]
+    accs = [r["post_finetune_acc"] for r in results if r["method"] == "prospr"]
+    assert row[1:5] == [
+        " resnet20 ",
+        " 30% ",
+        " 30.000 ± 0.000 ",
+        f" {sum(accs) / 2:.2f} ± {abs(accs[0] - accs[1]) / 2**0.5:.2f} ",
+    ]
+    monkeypatch.setattr(b.gm, "run_command", None)  # nothing is left to run
+    assert b.main(argv) == 0 and capsys.readouterr().out == out
+    folder = next(tmp_path.glob("prospr*"))
+    (folder / "result.json").write_text((folder / "result.json").read_text().replace('"milestones"', '"stones"'))
+    refused_baseline(argv, capsys, "milestones")
+
+
+def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_path, capsys):
+    """At the paper's own sparsity, and nowhere else."""
+    more = ("--sparsity", "0.3", "--sparsity", "0.0059", "--epochs", "1", "--batch-size", "8")
+    assert b.main(paper(pictures, tmp_path, "table3", *more)) == 0
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    rows = {tuple(row[:3]): row[3:] for row in cells if len(row) > 3}
+    assert rows["method", "network", "sparsity"] == ["kept %", "before", "paper", "after", "paper"]
+    assert rows["Gem-Miner", "resnet20", "0.59%"][2::2] == ["45.3", "66.15"]
+    assert rows["Global EP", "resnet20", "30%"][2::2] == ["", ""]
+    assert rows["Global EP", "resnet20", "0.59%"][0] == "0.590" and rows["EP", "resnet20", "30%"][0] == "30.004"
+
+
+def test_figures_come_as_points_and_as_charts_that_mermaid_draws(pictures, tmp_path, capsys):
+    more = ("--sparsity", "0.3", "--finetune-epochs", "1")
+    assert b.main(paper(pictures, tmp_path, "fig2", *more)) == 0
+    out = capsys.readouterr().out
+    assert out.count("```mermaid\n") == 2 and out.count("xychart-beta") == 2 and out.count("    line [") == 10
+    assert len([line for line in out.splitlines() if re.match(r"\| \d+ \|", line)]) == 2 * 2  # two epochs, two tables
+    assert b.main(paper(pictures, tmp_path, "fig7", *more)) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if ".weight" in line and line.startswith("| ")]) == 20
+    assert b.main(paper(pictures, tmp_path, "fig6", *more, "--sparsity", "0.2")) == 0
+    out = capsys.readouterr().out
+    assert '    x-axis ["30%", "20%"]' in out and out.count("```mermaid") == 1
+    assert b.main(paper(pictures, tmp_path, "fig5", *more)) == 0
+    out = capsys.readouterr().out
+    assert [line.split("|")[1:3] for line in out.splitlines() if re.match(r"\| \d ", line)][-1][
+        0
+    ] == " 3 "  # 2 + 1 epochs
+
+
+def test_spread_and_chart():
+    assert (
+        b.spread([1.0], 2) == "1.00"
+        and b.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+        and b.spread([], 2) == b.spread([None], 2) == ""
+    )
+    text = b.chart("title", range(1, 101), {"a": list(range(100)), "b": [7]})
+    assert "blue: a, orange: b" in text and text.count('", "') == 49 and text.count("7, 7") > 10
+
+
 # --- for one's own network; the README ------------------------------------------------------------------------
 
 
@@ -1176,8 +1831,8 @@ def test_the_header_lists_every_deviation():
 
 
 def test_only_the_allowed_packages_are_imported():
-    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "pytest", "models", "gem_miner"}
-    for file in ("gem_miner.py", "models.py", "test_gem_miner.py"):
+    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "pytest", "models", "gem_miner", "baselines"}
+    for file in ("gem_miner.py", "models.py", "baselines.py", "test_gem_miner.py"):
         assert imports(HERE / file) <= allowed
 
 
