@@ -1060,7 +1060,7 @@ def plan(args):
     )  # fmt: skip
     text = (
         f"{args.epochs} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
-        f" lambda {args.lam:g} ({args.penalty}); batch {args.batch_size}"
+        f" lambda {args.lam:g} ({args.penalty}); keeps {args.finetune_mask}"
     )
     return Plan(find, args.epochs, text)
 
@@ -1089,7 +1089,7 @@ def pipeline(run, args, plan):
         f"{args.method:<10} {args.model}, d = {f.d:,}; keep {round(args.sparsity * f.d):,} weights"
         f" ({100 * args.sparsity:g}%)\n"
         f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to"
-        f" {'validate' if args.val else 'test'} on\n"
+        f" {'validate' if args.val else 'test'} on; batches of {args.batch_size}\n"
         f"defaults   those of {args.defaults}\n"
         f"search     {plan.text}\n"
         f"finetuning {E_ft} epochs; sgd, lr {args.finetune_lr:g},"

@@ -1402,6 +1402,18 @@ def test_imp_and_lrr_are_train_prune_rewind(rewind):
         assert torch.equal(result.w, w)  # to the bit
 
 
+def test_every_round_of_imp_has_its_own_randomness():
+    drawn = []
+
+    class Data:
+        def __iter__(self):
+            drawn.append(torch.rand(()).item())
+            return iter(tiny_batches())
+
+    b.imp(tiny(), Data(), sparsity=0.5, epochs=6)
+    assert len(drawn) == len(set(drawn)) == 6
+
+
 def test_imp_says_when_it_cannot_rewind_that_far():
     with pytest.raises(g.InputError, match="step 13.* has 12"):
         b.imp(tiny(), tiny_batches(), sparsity=0.5, epochs=9, rewind=13)
@@ -1469,6 +1481,8 @@ def test_equation_1_moves_densities_downhill():
 
     def watch(row, v, state):
         found[row["epoch"]] = state.get("u")
+        if "stage" not in row:  # the weights are signed constants
+            assert all(u.abs().unique().numel() <= 2 for u in v.split(f.sizes))
 
     b.smart_ratio_ticket(f, [(x, y)] * 20, densities=lambda f: start, tune=0.02, epochs=5, on_epoch=watch)
     w, sizes = b.draw(f, g.signed_constant, 0), torch.tensor(f.sizes)
@@ -1611,6 +1625,31 @@ def test_no_method_looks_at_the_test_set(baselines_done, pictures, tmp_path):
             assert same(artefacts(tmp_path / "run" / flags)[2]["mask"], artefacts(baselines_done[flags])[2]["mask"]), (
                 flags
             )
+
+
+def test_sr_v4_is_the_trial_that_does_best_on_images_it_was_not_trained_on(monkeypatch):
+    split = g.Split(torch.zeros(40, 4, 4, 3, dtype=torch.uint8), torch.arange(40))
+    train = g.Batches(split, ([0.0] * 3, [1.0] * 3), 8, train=True, pad=2)
+    f = g.Network(nn.Sequential(*[nn.Linear(30, 30) for _ in range(5)], nn.BatchNorm1d(30)))
+    tried, trained, judged, accs, fresh = [], [], [], iter([10.0, 30.0, 20.0]), f.rest()
+
+    def finetune(f, w, m, data, **kw):
+        assert same(f.rest(), fresh)
+        f.model[5].running_mean += 1
+        tried.append(m)
+        trained.append(set(data.y.tolist()))
+        return w * m
+
+    def accuracy(f, data, v):
+        judged.append(set(data.y.tolist()))
+        return next(accs)
+
+    monkeypatch.setattr(g, "finetune", finetune)
+    monkeypatch.setattr(g, "accuracy", accuracy)
+    gem = b.smart_ratio_search(f, train, densities=lambda f: [0.5, 0.4, 0.3, 0.2, 0.5], trials=3, epochs=3)
+    assert torch.equal(gem.m, tried[1]) and not torch.equal(tried[1], tried[0]) and same(f.rest(), fresh)
+    assert len(trained) == len(judged) == 3 and all(len(held) == 4 for held in judged)
+    assert all(seen | held == set(range(40)) and not seen & held for seen, held in zip(trained, judged))
 
 
 def test_held_out_images_are_not_trained_on():
