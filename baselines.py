@@ -21,8 +21,9 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
 Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --finetune-epochs 150.
 
 Where the authors of a method and the code of Rare Gems differ, the method's authors are followed ("Theirs:").
-Weights are drawn from Kaiming's normal distribution, except for ep and sr's tuning (signed constant), and trained
-with learning rate 0.1, as the authors of Rare Gems trained these baselines.
+All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the
+epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 and a cosine on ResNet-20, else 0.01),
+as the authors of Rare Gems trained them on ResNet-20.
 """
 
 import collections
@@ -118,8 +119,10 @@ def several(on_epoch, i, name, epochs, more):
 
 
 def imp_rounds(s):
-    """Rounds of 20% that come nearest to s, by ratio: 19 for 1.44%. At least one."""
-    return max(1, round(math.log(s) / math.log(0.8)))
+    """Rounds of 20% that come nearest to s, by ratio: 19 for 1.44%."""
+    if s > 0.89:
+        raise gm.InputError(f"each round removes 20% of the weights: take a sparsity below 0.9, not {s:g}")
+    return round(math.log(s) / math.log(0.8))
 
 
 @method
@@ -132,22 +135,24 @@ def imp(
     A round trains the surviving weights, removes the 20% of them that are smallest in absolute value, over the whole
     network, and sets the others back to what they were after `rewind` steps of the first round: 0 is "cold",
     1000 "warm". None never sets them back: learning-rate rewinding (Renda et al., 2020), since every round's
-    learning rate starts anew. Only w is rewound; BatchNorm and biases are not, as in the authors' code.
+    learning rate starts anew. (Theirs: BatchNorm and biases are rewound too; Rare Gems leaves them. In Frankle's
+    warm rounds the learning rate goes on from that step; here, as in Rare Gems, it starts anew.)
     """
     rounds = imp_rounds(sparsity)
     w = start = draw(f, init, seed)
-    m, first, steps = torch.ones_like(w), 0, 0
+    m, first, steps, rest = torch.ones_like(w), 0, 0, f.rest()
     if state:
         start, m, first, steps = state["start"].to(w), state["m"].to(w), state["number"], state["steps"]
+        rest = state["rest"]
 
     def remembering(params, eta):
-        """sgd_decayed, which takes down the weights after `rewind` steps."""
+        """sgd_decayed, which takes down the network after `rewind` steps."""
 
         def after_step(*_):
-            nonlocal start, steps
+            nonlocal start, rest, steps
             steps += 1
             if steps == rewind:
-                start = params[0].detach().clone()
+                start, rest = params[0].detach().clone(), f.rest()
 
         opt = gm.sgd_decayed(params, eta)
         opt.register_step_post_hook(after_step)
@@ -157,7 +162,10 @@ def imp(
         w = gm.finetune(
             f, w, m, train, epochs=epochs // rounds, lr=lr, optimizer=remembering, schedule=schedule,
             batch_size=batch_size, seed=f"{seed}, round {i}", state=state["inner"] if state and i == first else None,
-            on_epoch=several(on_epoch, i, "round", epochs // rounds, lambda m=m: dict(start=start, m=m.bool(), steps=steps)),
+            on_epoch=several(
+                on_epoch, i, "round", epochs // rounds,
+                lambda m=m: dict(start=start, rest=rest, m=m.bool(), steps=steps),
+            ),
         )  # fmt: skip
         if rewind and steps < rewind:
             raise gm.InputError(f"there is no step {rewind} to rewind to: the first round has {steps}")
@@ -167,6 +175,7 @@ def imp(
             m = gm.freeze(p, m, max(1, alive - math.ceil(alive / 5) - 1))
         if rewind is not None:
             w = start
+            f.restore(rest)
     return w, p, m
 
 
@@ -177,7 +186,9 @@ def imp(
 
 def snip(f, w, batches):
     """SNIP (Lee et al., 2019): |dL/dc| at c = 1 for weights c * w, which is |w * dL/dw|. Cost: one batch."""
-    f.eval()  # Theirs: BatchNorm's initial statistics (0, 1), not the batch's.
+    # Theirs: BatchNorm's initial statistics (0, 1), not the batch's. And they train a second draw of the weights,
+    # which here is the check "weight reinitialisation".
+    f.eval()
     x, y = next(batches())
     w = w.clone().requires_grad_()
     return (w * torch.autograd.grad(F.cross_entropy(f(w, x), y), w)[0]).abs().detach()
@@ -206,11 +217,12 @@ def balanced(f, w, batches, per_class):
     xs, ys, seen = [], [], collections.Counter()
     for x, y in batches:
         if not xs:
-            classes, size = f(w, x).shape[1], len(y)
+            with torch.no_grad():
+                classes, size = f(w, x).shape[1], len(y)
         for i, label in enumerate(y.tolist()):
             if seen[label] < per_class:
                 seen[label] += 1
-                xs.append(x[i])
+                xs.append(x[i].clone())
                 ys.append(y[i])
         if len(ys) == classes * per_class:
             break
@@ -238,8 +250,9 @@ def prospr(f, w, batches, K=3, eta=0.1):
     """
     f.train()
     x, y = next(batches())
+    x = x.contiguous()  # for MPS, as in Network.forward
     c = torch.ones_like(w).requires_grad_()
-    others = [n for n, p in f.model.named_parameters() if n not in f.weights]
+    others = [n for n, p in f.model.named_parameters() if n not in f.weights and p.requires_grad]
     theta = [c * w, *(f.model.get_parameter(n) for n in others)]
 
     def loss():
@@ -289,9 +302,10 @@ def at_init(
     Scores are computed on a copy of the network, so that BatchNorm's statistics stay as they are.
     """
     how, w = SCORES[score], draw(f, init, seed)
-    f = gm.Network(copy.deepcopy(f.model).to(how.dtype or f.dtype))
+    cpu = how.dtype and f.device.type == "mps"  # MPS has no float64
+    f = gm.Network(copy.deepcopy(f.model).to("cpu" if cpu else f.device, how.dtype or f.dtype))
     batches = functools.partial(gm.minibatches, train, batch_size, f.device)
-    v, m = w.to(f.dtype), torch.ones_like(w, dtype=torch.bool)
+    v, m = w.to(f.device, f.dtype), torch.ones(f.d, dtype=torch.bool, device=f.device)
     with gm.seeded(f.device, seed, "score"):
         for k in range(1, how.rounds + 1):
             p = how.score(f, v * m, batches)
@@ -374,16 +388,17 @@ def smart_ratio(sizes, s, vgg=False, last=0.3):
 
 
 def ratio_grid(p):
-    """SR-v4: 144 sets of densities around p (those of IMP), as in the authors' grid search.
+    """SR-v4: 144 sets of densities around p (those of IMP), as in the authors' grid search on ResNet-20.
 
-    The first and last layers gain and lose 10 points; in each third of the others, a layers at its front gain and a
-    at its back lose 1, 0.5 and 0.1 points, for a from half of them down to 0.
+    The first and last layers gain and lose 10 points, or nothing. Of the 7, 6 and 5 layers between them, up to half
+    at the front gain, and as many at the back lose, 1, 0.5 and 0.1 points. (Other depths: in proportion.)
     """
     inner = len(p) - 2
     cuts = [0, round(7 * inner / 18), round(13 * inner / 18), inner]
     changes = [[(0.1,), (0.0,), (-0.1,)]]
-    for n, step in zip((b - a for a, b in itertools.pairwise(cuts)), (0.01, 0.005, 0.001)):
-        changes.append([[step] * a + [0.0] * (n - 2 * a) + [-step] * a for a in range(n // 2, -1, -1)])
+    for a, b, step, of in zip(cuts, cuts[1:], (0.01, 0.005, 0.001), (7, 6, 5)):
+        some = [(b - a) * k // of for k in range(of // 2, -1, -1)]
+        changes.append([[step] * k + [0.0] * (b - a - 2 * k) + [-step] * k for k in some])
     grid = [[ends[0], *front, *middle, *back, -ends[0]] for ends, front, middle, back in itertools.product(*changes)]
     return [[min(1.0, max(0.0, x + y)) for x, y in zip(p, change)] for change in grid]
 
@@ -403,9 +418,9 @@ def smart_ratio_ticket(
     tune: with this learning rate, first minimise equation (1) of appendix B by SGD over p, with the layer's weights,
     signed constants, kept with probability p_l, redrawn in every step (SR-v5, v6). Cost: then `epochs`.
     """
-    p = torch.tensor(densities(f), dtype=f.dtype)
+    p = densities(f)
     if tune:
-        sizes, fixed = torch.tensor(f.sizes, device=f.device), draw(f, gm.signed_constant, seed)
+        sizes, fixed, fresh = torch.tensor(f.sizes, device=f.device), draw(f, gm.signed_constant, seed), f.rest()
 
         def boxed(params, eta):
             opt = gm.sgd(params, eta)
@@ -413,11 +428,13 @@ def smart_ratio_ticket(
             return opt
 
         p = gm.fit(
-            f, p, lambda p, j: fixed * gm.round_random(p.repeat_interleave(sizes)), train, phase="equation 1",
-            epochs=epochs, lr=tune, optimizer=boxed, schedule=gm.cosine, batch_size=batch_size, seed=seed,
-            on_epoch=on_epoch, state=state,
-        )  # fmt: skip
-    m = random_mask(f, p.tolist(), seed)
+            f, torch.tensor(p, dtype=f.dtype), lambda p, j: fixed * gm.round_random(p.repeat_interleave(sizes)), train,
+            # Theirs: a cosine over 150 epochs, of which the paper's table has the tenth. That is all but constant.
+            phase="equation 1", epochs=epochs, lr=tune, optimizer=boxed, schedule=lambda eta, j, E: eta,
+            batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
+        ).tolist()  # fmt: skip
+        f.restore(fresh)
+    m = random_mask(f, p, seed)
     return draw(f, init, seed), m, m
 
 
@@ -453,7 +470,8 @@ def hold_out(train):
     """Two Batches: nine tenths of a Batches, and the other tenth as it is, neither cropped nor flipped."""
     (h, w), pad, stats = train.size, train.pad, (train.mean, train.std)
     rest, held = gm.divide(gm.Split(train.x[:, pad : pad + h, pad : pad + w], train.y), 0.1)
-    return gm.Batches(rest, stats, train.batch_size, True, pad, train.shown), gm.Batches(held, stats, 1000)
+    size = max(1, 1_000_000 // train.size.numel())
+    return gm.Batches(rest, stats, train.batch_size, True, pad, train.shown), gm.Batches(held, stats, size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -476,6 +494,8 @@ METHODS = {
 
 
 def parser():
+    import models
+
     cli = gm.Parser(prog="baselines.py", description="What Rare Gems compares Gem-Miner with.")
     methods = cli.add_subparsers(dest="method", metavar="METHOD", required=True)
     subs = {}
@@ -501,11 +521,13 @@ def parser():
     g.add_argument("--from", metavar="RUN", help=f"{about} (default: make it first, below --out)")
     g.add_argument("--trials", type=count, default=144, help="how many of SR-v4's 144 densities (default: all)")
     g.add_argument("--lr", type=rate, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
-    paper = methods.add_parser("paper", help="a table or figure of the paper", description=ABOUT)
+    about = "a table or figure of the paper"
+    paper = methods.add_parser("paper", help=about, description=ABOUT, allow_abbrev=False)  # --seed is not --seeds
     paper.add_argument("experiment", choices=EXPERIMENTS)
     paper.add_argument("--epochs", type=count, help="instead of the paper's; all else scales with it")
     paper.add_argument("--seeds", type=count, default=1, help="how many, from 0 on (default: 1)")
-    paper.add_argument("--model", action="append", help="instead of the paper's; may be repeated, as --sparsity")
+    about = "instead of the paper's; may be repeated, as --sparsity"
+    paper.add_argument("--model", action="append", choices=models.MODELS, help=about)
     paper.add_argument("--dataset", default="cifar10", help="(default: cifar10)")
     paper.add_argument("--sparsity", action="append", type=gm.fraction)
     paper.add_argument("--dry-run", action="store_true", help="only list the runs, and their cost in epochs")
@@ -522,7 +544,7 @@ def prepared(argv):
     if args.method == "dense":
         args.sparsity = 1.0
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
-        args.finetune_lr = 0.1
+        args.finetune_lr = 0.01 if args.method == "ep" and args.model != "resnet20" else 0.1
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
@@ -532,36 +554,34 @@ def prepared(argv):
     return args, how
 
 
-OWN = ("round_epochs", "rewind", "global", "gradual", "regularize", "period", "lr", "version", "from", "trials")
-
-
 def plan(args):
     """A method as gem_miner.run_command needs it."""
-    name, s, own = args.method, args.sparsity, {n: v for n, v in vars(args).items() if n in OWN and v}
-    text = METHODS[name] + "".join(f"; {n.replace('_', ' ')} {v}" for n, v in own.items())
+    name, s, text, draws = args.method, args.sparsity, METHODS[args.method], gm.kaiming_normal
     training = dict(lr=args.finetune_lr, schedule=functools.partial(gm.multistep, milestones=args.milestones))
     if name in SCORES:
         epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
         checks = {"dense": (), "random": ("shuffle", "reinit")}.get(name, ("shuffle", "reinit", "invert"))
-        return gm.Plan(
-            functools.partial(at_init, score=name, sparsity=s), epochs, text, gm.kaiming_normal, None, checks
-        )
+        return gm.Plan(functools.partial(at_init, score=name, sparsity=s), epochs, text, draws, checks=checks)
     if name in ("imp", "lrr"):
         find = functools.partial(imp, sparsity=s, rewind=args.rewind if name == "imp" else None, **training)
         checks = ("shuffle", "reinit") if name == "imp" else ()
-        return gm.Plan(find, imp_rounds(s) * args.round_epochs, text, gm.kaiming_normal, None, checks)
+        rounds, E = imp_rounds(s), args.round_epochs
+        return gm.Plan(find, rounds * E, f"{text}: {rounds} rounds of {E} epochs", draws, checks=checks)
     if name == "ep":
         gradual = args.gradual or args.regularize
-        variant = dict(whole=gradual or own.get("global"), period=gradual and args.period, regularize=args.regularize)
+        whole = gradual or getattr(args, "global")
+        variant = dict(whole=whole, period=args.period if gradual else None, regularize=args.regularize)
+        text += f", {args.epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
+        text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
         find = functools.partial(edge_popup, sparsity=s, lr=args.lr, **variant)
-        return gm.Plan(find, args.epochs, text, gm.signed_constant, gm.cosine)
+        return gm.Plan(find, args.epochs, text, schedule=gm.cosine if args.model == "resnet20" else None)
     start = functools.partial(densities, args)
     if args.version == 4:
         find = functools.partial(smart_ratio_search, densities=start, trials=args.trials, **training)
     else:
         find = functools.partial(smart_ratio_ticket, densities=start, tune=args.lr if args.version > 4 else None)
     epochs = {4: args.trials * args.round_epochs, 5: args.epochs, 6: args.epochs}.get(args.version, 0)
-    return gm.Plan(find, epochs, text, gm.kaiming_normal, None, ("shuffle", "reinit"))
+    return gm.Plan(find, epochs, f"{text}, version {args.version}", draws, checks=("shuffle", "reinit"))
 
 
 def densities(args, f):
@@ -592,7 +612,7 @@ def source(args):
     found = getattr(args, "from")
     if found is None:
         found = args.out / "source"
-        rounds = ["--round-epochs", args.round_epochs]
+        rounds = ["--round-epochs", args.round_epochs, "--finetune-lr", args.finetune_lr]
         argv = {4: ["imp", *rounds], 6: ["sr", "--version", 4, "--trials", args.trials, *rounds]}
         argv = argv.get(args.version, ["gem-miner"])
         for name in ("model", "dataset", "sparsity", "image_size", "seed", "batch_size", "data_dir"):
@@ -660,7 +680,7 @@ class Experiment(NamedTuple):
     rows: dict  # label: (command, {column: the paper's figure}); @LABEL stands for the folder of that row's run
     at: tuple = ()  # the (model, sparsity) that the paper's figures are for; (): the first
     curves: tuple = ()  # keys of CURVES, to give by epoch
-    layers: dict | None = None  # to give by layer; label: ((model, sparsity), what the authors' own keeps of each)
+    layers: dict | None = None  # to give by layer; (label, model, sparsity): what the authors' own keeps of each
 
 
 CIFAR = ("resnet20", "mobilenetv2", "vgg16", "wrn28_2")
@@ -686,6 +706,7 @@ EXPERIMENTS = {
             "Gem-Miner": ("gem-miner --checks", {"search epochs": 150}),
         }),
     "table2": Experiment(
+        # ProsPr's 82.67% is with its authors' recipe: weight decay 5e-4, batches of 256, drops after 100 and 150 epochs.
         "Table 2: ProsPr and Gem-Miner", ("resnet20",), (None,), ("kept %", "after", "shuffled", "reinitialised"), {
             "ProsPr": ("prospr --sparsity 0.05 --finetune-epochs 200 --checks",
                        {"kept %": 5, "after": 82.67, "shuffled": 82.15, "reinitialised": 81.64}),
@@ -701,9 +722,10 @@ EXPERIMENTS = {
             "Gem-Miner": ("gem-miner", {"before": 45.30, "after": 66.15}),
         }),
     "table4": Experiment(
+        # The paper's 3000 are 19 rounds and a last training of 150 epochs. Long Gem-Miner: 3000 to mine, 150 to train.
         "Table 4: Long Gem-Miner", ("resnet20",), (0.0144,), ("all epochs", "kept %", "after"), {
             "GM (cold)": ("gem-miner", {"all epochs": 300, "after": 77.89}),
-            "Long GM (cold)": ("gem-miner --epochs 3000 --period 150 --finetune-epochs 150",
+            "Long GM (cold)": ("gem-miner --epochs {long} --period {E} --finetune-epochs {E}",
                                {"all epochs": 3000, "after": 79.50}),
             "IMP (warm)": ("imp --rewind {warm}", {"all epochs": 3000, "after": 74.52}),
             "Renda et al.": ("lrr", {"all epochs": 3000, "after": 80.21}),
@@ -718,9 +740,9 @@ EXPERIMENTS = {
             "SR-v3": ("sr --version 3", {"kept %": 1.75, "after": 69.78}),
             "SR-v4": ("sr --version 4 --from @IMP --trials 144", {"kept %": 1.44, "after": 69.92}),
             # 1.53 and 1.47% are the densities of the authors' tuning after 10 epochs.
-            "SR-v5": ("sr --version 5 --from @Gem-Miner --epochs 10 --finetune-epochs 150",
+            "SR-v5": ("sr --version 5 --from @Gem-Miner --epochs 10 --finetune-epochs {E}",
                       {"kept %": 1.53, "after": 69.01}),
-            "SR-v6": ("sr --version 6 --from @SR-v4 --epochs 10 --finetune-epochs 150",
+            "SR-v6": ("sr --version 6 --from @SR-v4 --epochs 10 --finetune-epochs {E}",
                       {"kept %": 1.47, "after": 69.08}),
         }),
     "fig2": Experiment(
@@ -738,25 +760,27 @@ EXPERIMENTS = {
         {**FOUR_WAYS, "Dense": ("dense", {})}, at=("resnet20", 0.0144)),
     "fig5": Experiment(
         "Fig. 5: accuracy by epoch: mining, then finetuning", ("mobilenetv2",), (0.0144,), ("kept %", "before", "after"), {
-            "Gem-Miner": ("gem-miner", {}),
+            "Gem-Miner": ("gem-miner", {"kept %": 1.16}),
             "Weight training": ("dense", {}),
             "IMP, finetuned": ("imp --rewind {warm}", {}),
         }, curves=("accuracy, %",)),
     "fig6": Experiment(
         "Fig. 6: accuracy before finetuning", CIFAR, (), ("kept %", "before"),
-        {label: (command, {"before": 84.62} if label == "Gem-Miner" else {})
+        {label: (command.removesuffix(" --checks"), {"before": 84.62} if label == "Gem-Miner" else {})
          for label, (command, _) in FOUR_WAYS.items() if label != "Renda et al."}, at=("mobilenetv2", 0.0144)),
     "fig7": Experiment(
-        "Fig. 7: what is kept of each layer", ("resnet20",), (0.5, 0.0372, 0.0144), ("kept %",), {
+        "Fig. 7: what is kept of each layer", ("resnet20",), (0.5, 0.0373, 0.0144, 0.0059), ("kept %",), {
             "Gem-Miner": ("gem-miner", {}),
             "IMP": ("imp --rewind {warm}", {}),
             "SR": ("sr", {}),
             "EP": ("ep", {}),
         }, layers={
-            "Gem-Miner": (("resnet20", 0.0144), (149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136,
-                                   244, 120, 258, 166)),
-            "IMP": (("resnet20", 0.0144), (194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128,
-                             116, 81, 172)),
+            ("Gem-Miner", "resnet20", 0.0144): (
+                149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
+            ("IMP", "resnet20", 0.0144): (
+                194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
+            ("Gem-Miner", "resnet20", 0.0059): (
+                111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
         }),
     "fig9": Experiment(
         "Fig. 9: accuracy before and after finetuning, VGG-16", ("vgg16",), (0.014, 0.005),
@@ -781,16 +805,19 @@ def runs_of(experiment, args, more):
     """{(label, model, sparsity, seed): argv} of all runs of an Experiment, in order."""
     runs = {}
     for model in args.model or experiment.models:
-        listed = [row.sparsity for row in map(gm.Setting._make, gm.PAPER) if row[:2] == (model, "cifar10")]
-        for s, seed in itertools.product(args.sparsity or experiment.sparsities or listed, range(args.seeds)):
+        listed = [row[2] for row in gm.PAPER if row[:2] == (model, "cifar10")]
+        sparsities = args.sparsity or experiment.sparsities or listed
+        if not sparsities:
+            raise gm.InputError(f"the paper has no sparsities for --model {model} here: give --sparsity")
+        E = gm.paper_setting(model, "cifar10", 1).epochs
+        for s, seed in itertools.product(sparsities, range(args.seeds)):
             for label, (command, _) in experiment.rows.items():
-                argv = command.format(warm=WARM.get(model, 1000)).split()
+                argv = command.format(warm=WARM.get(model, 1000), E=E, long=20 * E).split()
                 for name, value in (("--model", model), ("--dataset", args.dataset), ("--seed", seed)):
                     argv += [name, str(value)]
                 if s and argv[0] != "dense":
                     argv += ["--sparsity", str(s)]
                 if args.epochs:
-                    E = gm.paper_setting(model, "cifar10", s or 1).epochs
                     argv += [] if "--epochs" in argv else ["--epochs", str(E)]
                     for i in range(1, len(argv)):
                         if argv[i - 1] in SCALED and argv[i] != "0":
@@ -807,8 +834,8 @@ def paper(args, more, command):
     """Run an experiment, and print it in Markdown."""
     experiment = EXPERIMENTS[args.experiment]
     runs = runs_of(experiment, args, more)
+    costs = {args.command: how.cost(args) for args, how in map(prepared, runs.values())}
     if args.dry_run:
-        costs = {args.command: how.cost(args) for args, how in map(prepared, runs.values())}
         rows = [[f"`{name}`", f"{cost:,}"] for name, cost in costs.items()]
         print(markdown(["run", "epochs"], [*rows, [f"{len(rows)} runs", f"{sum(costs.values()):,}"]]))
         return
@@ -820,9 +847,10 @@ def paper(args, more, command):
 
     def of_seeds(read, *key):
         """What read() finds in the result of each seed; nothing where it has no such check."""
+        values = []
         with contextlib.suppress(KeyError):
-            return [read(results[(*key, seed)]) for seed in range(args.seeds)]
-        return []
+            values = [read(results[(*key, seed)]) for seed in range(args.seeds)]
+        return [] if None in values else values
 
     first = next(iter(results.values()))
     print(
@@ -860,8 +888,8 @@ def pictures(experiment, points, of_seeds):
         sparsities = list(dict.fromkeys(s for _, m, s in points if m == model))
         if len(sparsities) > 1 and not experiment.layers:
             c = [c for c in experiment.columns if c in ("before", "after")][-1]
-            lines = {label: [statistics.mean(of_seeds(COLUMNS[c], label, model, s)) for s in sparsities]
-                     for label in experiment.rows}  # fmt: skip
+            found = {label: [of_seeds(COLUMNS[c], label, model, s) for s in sparsities] for label in experiment.rows}
+            lines = {label: list(map(statistics.mean, values)) for label, values in found.items() if all(values)}
             yield f"{model}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
         for s in sparsities if experiment.curves else ():
             for title in experiment.curves:
@@ -872,9 +900,9 @@ def pictures(experiment, points, of_seeds):
             listed, lines = of_seeds(lambda r: r["layers"], points[0][0], model, s)[0], {}
             for label in experiment.rows:
                 lines[label] = means(lambda r: [100 * u["kept"] / u["total"] for u in r["layers"]], label, model, s)
-                at, theirs = experiment.layers.get(label, (None, ()))
-                if (model, s) == at:
-                    lines[f"{label}, authors"] = [100 * k / u["total"] for k, u in zip(theirs, listed)]
+                if (label, model, s) in experiment.layers:
+                    theirs = zip(experiment.layers[label, model, s], listed)
+                    lines[f"{label}, authors"] = [100 * k / u["total"] for k, u in theirs]
             yield f"{model}, {percent(s)}: kept of each layer (%)", "layer", [u["name"] for u in listed], lines
 
 
@@ -884,7 +912,7 @@ def percent(s):
 
 def spread(values, digits):
     """Mean and, of several values, their standard deviation."""
-    if not values or None in values:
+    if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"

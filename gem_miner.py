@@ -389,7 +389,7 @@ def fit(
             for x, y in minibatches(train, batch_size, f.device):
                 loss = tally(f(effective(u, j), x), y)
                 opt.zero_grad()
-                loss.backward()
+                loss.backward(inputs=[u, *others])
                 opt.step()
             v = effective(u.detach(), j)
         kept = int(v.count_nonzero())
