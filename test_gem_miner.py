@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of gem_miner.py and models.py: offline, on the CPU, in about a minute on two cores.
+"""Tests of all three files: offline, on the CPU, in two to three minutes on two cores.
 
 Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
 """
@@ -1824,11 +1824,7 @@ def test_figures_come_as_points_and_as_charts_that_mermaid_draws(pictures, tmp_p
 
 
 def test_spread_and_chart():
-    assert (
-        b.spread([1.0], 2) == "1.00"
-        and b.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
-        and b.spread([], 2) == ""
-    )
+    assert b.spread([1.0], 2) == "1.00" and b.spread([1.0, 3.0], 1) == "2.0 ± 1.4" and b.spread([], 2) == ""
     text = b.chart("title", range(1, 101), {"a": list(range(100)), "b": [7]})
     assert "blue: a, orange: b" in text and text.count('", "') == 49 and text.count("7, 7") > 10
 
@@ -1851,20 +1847,27 @@ def test_the_file_alone_can_be_copied(tmp_path):
 
 
 def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
-    """Every `python gem_miner.py ...` of the README is understood; those that need no download also run, made small."""
-    commands = [line for b in blocks("bash") for line in b.splitlines() if line.startswith("python gem_miner.py")]
-    assert len(commands) >= 4
+    """Every `python gem_miner.py ...` and `python baselines.py ...` of the README, and of the files' own headers, is
+    understood; those of the README that need no download also run, made small."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line.split("#")[0] for line in lines if line.startswith(("python gem_miner.py", "python baselines.py"))]
+    headers = re.findall(r"^    (python .*?)(?:  #|$)", g.__doc__ + b.__doc__, re.M)
+    assert len(commands) >= 8 and len(headers) >= 6
     monkeypatch.setattr(g, "shapes", None)
     monkeypatch.setitem(g.LOADERS, "shapes", lambda root: g.Data(g.draw_shapes(40, 1), g.draw_shapes(20, 2), 10))
     monkeypatch.chdir(tmp_path)
-    ran = 0
-    for line in commands:
-        argv = shlex.split(line.split("#")[0])[2:]
-        args = g.parser().parse_args(argv)
-        if args.dataset == "shapes" and not args.resume:
-            ran += 1
-            assert g.main([*argv, "--epochs", "1", "--out", str(tmp_path / str(ran))]) == 0
-    assert ran >= 1
+    ran = set()
+    for command in [*commands, *headers]:
+        _, program, *argv = shlex.split(command)
+        small = [*argv, "--epochs", "1", "--out", str(tmp_path / str(len(ran)))]
+        if "paper" in argv:
+            assert b.main([*argv, "--dry-run"]) == 0
+        else:
+            b.prepared(["gem-miner", *argv] if program == "gem_miner.py" else argv) if "cuda" not in argv else None
+        if "shapes" in argv and "--resume" not in argv and command in commands:
+            ran.add(command)
+            assert {"gem_miner.py": g, "baselines.py": b}[program].main(small) == 0
+    assert len(ran) >= 3
 
 
 def test_the_readmes_setup_and_test_commands_are_what_ci_runs():
