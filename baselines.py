@@ -294,9 +294,7 @@ SCORES = {
 
 
 @method
-def at_init(
-    f, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, seed, batch_size, epochs, on_epoch, state
-):
+def at_init(f, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, seed, batch_size, **_):
     """Keep the weights with the largest scores (invert: the smallest); score is a key of SCORES.
 
     Scores are computed on a copy of the network, so that BatchNorm's statistics stay as they are.
@@ -548,6 +546,8 @@ def prepared(argv):
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
+    if "trials" in args:
+        args.trials = min(args.trials, 144)
     how = plan(args)
     if args.checks and not how.checks:
         raise gm.InputError(f"{args.method} finds no ticket at initialisation to check: leave --checks out")
