@@ -1262,6 +1262,11 @@ def test_prospr_without_steps_is_snip_and_with_one_differentiates_through_it():
                 p -= eta * grad
         return loss_of(model, x, y).detach()
 
+    frozen = tiny()
+    frozen.bn.requires_grad_(False)  # must neither fail nor take a step
+    assert not torch.allclose(
+        b.prospr(g.Network(frozen), w, lambda: iter([(x, y)])), b.prospr(g.Network(tiny()), w, lambda: iter([(x, y)]))
+    )
     p = b.prospr(g.Network(tiny()), w, lambda: iter([(x, y)]), K=1, eta=eta)
     assert torch.allclose(p, central_differences(after_a_step, torch.ones(42).double()).abs(), atol=1e-8)
     assert not torch.allclose(p, b.prospr(g.Network(tiny()), w, lambda: iter([(x, y)]), K=0), rtol=1e-2)
@@ -1494,7 +1499,7 @@ def test_equation_1_moves_densities_downhill():
     def watch(row, v, state):
         found[row["epoch"]] = state.get("u")
         if "stage" not in row:  # the weights are signed constants
-            assert all(u.abs().unique().numel() <= 2 for u in v.split(f.sizes))
+            assert all(u.abs().unique().numel() <= 2 for u in v.split(f.sizes)) and row["lr"] in (0.02, 1e6)
 
     b.smart_ratio_ticket(f, [(x, y)] * 20, densities=lambda f: start, tune=0.02, epochs=5, on_epoch=watch)
     assert same(f.rest(), before)  # the ticket is not tested on the statistics of other weights
@@ -1804,6 +1809,28 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_pa
     assert rows["Global EP", "resnet20", "0.59%"][0] == "0.590" and rows["EP", "resnet20", "30%"][0] == "30.004"
 
 
+@pytest.mark.parametrize("flags, words", [
+    ("fig3 --model resnet18", ["resnet18", "--sparsity"]), ("fig3 --model nonsense", ["nonsense", "resnet20"]), ("table3 --lam 1e-4", ["--lam"]),
+    ("table9", ["table9", "table1"]), ("table3 --seeds 0", ["--seeds"]), ("table3 --sparsity 2", ["KEPT"]), ("table3 --nonsense 3", ["--nonsense"]),
+])  # fmt: skip
+def test_bad_flags_of_paper_are_refused_before_anything_runs(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(g, "run_command", None)
+    refused_baseline(["paper", *flags.split(), "--out", tmp_path], capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_seed_goes_to_every_run_and_is_not_short_for_seeds(capsys):
+    assert b.main("paper table3 --dry-run --seed 3".split()) == 0
+    out = capsys.readouterr().out
+    assert "| 5 runs |" in out and out.count("--seed 3") == 5
+
+
+def test_a_figure_of_searches_alone_has_no_accuracy_after(pictures, tmp_path, capsys):
+    more = ("--sparsity", "0.3", "--sparsity", "0.2", "--finetune-epochs", "0")
+    assert b.main(paper(pictures, tmp_path, "fig9", *more)) == 0
+    assert capsys.readouterr().out.count("|  |\n") == 12  # six rows at two sparsities
+
+
 def test_figures_come_as_points_and_as_charts_that_mermaid_draws(pictures, tmp_path, capsys):
     more = ("--sparsity", "0.3", "--finetune-epochs", "1")
     assert b.main(paper(pictures, tmp_path, "fig2", *more)) == 0
@@ -1911,3 +1938,11 @@ def test_gpu_agrees_with_cpu(pictures):
     assert torch.equal(gems[0].w, gems[1].w.cpu())
     assert torch.allclose(gems[0].p, gems[1].p.cpu(), atol=1e-3)
     assert (gems[0].q != gems[1].q.cpu()).float().mean() < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("score", ["snip", "grasp", "synflow", "prospr", "random"])
+def test_gpu_scores_as_cpu(score):
+    x, y = torch.randn(20, 3, 8, 8), torch.arange(20) % 4
+    masks = [b.at_init(models.resnet20().to(device), (x, y), score=score, sparsity=0.1).m for device in ("cpu", "cuda")]
+    assert masks[1].is_cuda and (masks[0] != masks[1].cpu()).float().mean() < 0.01
