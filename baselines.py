@@ -625,17 +625,24 @@ def source(args):
 
 
 def completed(argv):
-    """The result of the run `argv`: of the one in its folder, resumed if it is not complete, or else of a new one."""
+    """The result of the run `argv`, log included: the one in its folder, or made or resumed now."""
     args, how = prepared(argv)
-    file = args.out / "result.json"
-    if file.exists():
-        result = json.loads(file.read_text())
-        gm.same_settings(gm.settings(args), result, args.out)
-    if not file.exists() or (args.checks and "checks" not in result):
+
+    def result():
+        try:
+            log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+            return json.loads((args.out / "result.json").read_text()) | {"log": log}
+        except (OSError, ValueError):  # not there, or damaged
+            return None
+
+    found = result()
+    if found:
+        gm.same_settings(gm.settings(args), found, args.out)
+    if not found or (args.checks and "checks" not in found):
         args.resume = (args.out / "checkpoint.pt").exists()
         gm.run_command(args, how)
-        result = json.loads(file.read_text())
-    return result | {"log": [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]}
+        found = result()
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------

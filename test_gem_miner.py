@@ -1792,7 +1792,11 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     ]
     monkeypatch.setattr(b.gm, "run_command", None)  # nothing is left to run
     assert b.main(argv) == 0 and capsys.readouterr().out == out
+    monkeypatch.undo()
     folder = next(tmp_path.glob("prospr*"))
+    for name in ("result.json", "log.jsonl"):  # damaged files are made again, without a new epoch
+        (folder / name).write_text('{"epoch": ')
+        assert b.main(argv) == 0 and capsys.readouterr().out == out
     (folder / "result.json").write_text((folder / "result.json").read_text().replace('"milestones"', '"stones"'))
     refused_baseline(argv, capsys, "milestones")
 
