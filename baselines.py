@@ -20,6 +20,10 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
 
 Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --finetune-epochs 150.
 
+As a library: METHOD(model, train, sparsity=..., epochs=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is
+imp, edge_popup, smart_ratio_ticket or at_init(..., score="snip"); then gem_miner.finetune(model, gem.w, gem.m, train).
+New weights are drawn, except with init=gem_miner.given.
+
 Where the authors of a method and the code of Rare Gems differ, the method's authors are followed ("Theirs:").
 All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the
 epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 and a cosine on ResNet-20, else 0.01),
@@ -61,6 +65,8 @@ def method(find):
     @functools.wraps(find)
     def wrapped(model, train, *, epochs=1, seed=0, batch_size=128, on_epoch=None, state=None, **settings):
         f = gm.Network.of(model)
+        if not 0 < settings.get("sparsity", 1) <= 1:
+            raise gm.InputError(f"sparsity is the fraction of weights kept, in (0, 1], not {settings['sparsity']}")
         if state and "ticket" in state:
             w, p, m = state["ticket"]
             f.restore(state["rest"])
@@ -69,7 +75,9 @@ def method(find):
             w, p, m = find(f, train, **common, **settings)
             empty = [name for name, n in f.counts(m).items() if n == 0]
             if empty:
-                warnings.warn(f"no weight is left in {', '.join(empty)}: raise the sparsity", stacklevel=2)
+                warnings.warn(
+                    f"no weight is left in {', '.join(empty)}: keep more: take a larger sparsity", stacklevel=2
+                )
             if on_epoch:
                 tally, kept = gm.Tally(), int(m.count_nonzero())
                 with gm.seeded(f.device, seed, "ticket"), torch.no_grad():
@@ -139,6 +147,8 @@ def imp(
     warm rounds the learning rate goes on from that step; here, as in Rare Gems, it starts anew.)
     """
     rounds = imp_rounds(sparsity)
+    if epochs < rounds:
+        raise gm.InputError(f"{rounds} rounds need {rounds} epochs or more, not {epochs}")
     w = start = draw(f, init, seed)
     m, first, steps, rest = torch.ones_like(w), 0, 0, f.rest()
     if state:
@@ -246,7 +256,8 @@ def prospr(f, w, batches, K=3, eta=0.1):
     """ProsPr (Alizadeh et al., 2022): |dL(theta_K)/dc| at c = 1, theta_0 = c * w, after K steps of SGD on one batch.
 
     c acts once, before the steps, and the gradient goes back through all of them. K = 0 is SNIP (on the batch's own
-    BatchNorm statistics). Biases and affine BatchNorm take the steps too. Cost: K + 1 steps, differentiated twice.
+    BatchNorm statistics). Biases and affine BatchNorm take the steps too. K, eta and the single batch are their
+    command line's. Cost: K + 1 steps, differentiated twice.
     """
     f.train()
     x, y = next(batches())
@@ -337,7 +348,7 @@ def edge_popup(
     before: whole: the top s of the whole network; period: starting from more than s, and fewer from period to period
     (weights may return); regularize: with lambda * ||p||^2, lambda = 1e-4. Cost: `epochs`.
     """
-    w, d, s = draw(f, init, seed), f.d, sparsity
+    w, d, s, whole = draw(f, init, seed), f.d, sparsity, whole or period
     with gm.seeded(f.device, seed, "scores"):  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)); he_std is sqrt(2/fan_in)
         p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w)
     if whole:
@@ -585,7 +596,11 @@ def plan(args):
 
 
 def densities(args, f):
-    """The p_1, ..., p_L that version args.version of the smart ratio starts from."""
+    """The p_1, ..., p_L that version args.version of the smart ratio starts from (appendix B).
+
+    1: smart_ratio. 2: the same, but first and last layer as in a gem. 3: but first and last layer dense.
+    4: those of IMP, then smart_ratio_search. 5 and 6: those of 2 and 4, then tuned by equation (1).
+    """
     if args.version in (4, 6):
         return densities_of(source(args), f)
     p = smart_ratio(f.sizes, args.sparsity, args.model.startswith("vgg"))
@@ -830,7 +845,13 @@ def runs_of(experiment, args, more):
                         if argv[i - 1] in SCALED and argv[i] != "0":
                             argv[i] = str(max(1, round(int(argv[i]) * args.epochs / E)))
                 source = [runs[a[1:], model, s, seed][-1] for a in argv if a.startswith("@")]
-                argv = [source[0] if a.startswith("@") else a for a in argv] + more
+                options = {}
+                for a in [*(source[0] if a.startswith("@") else a for a in argv[1:]), *more]:
+                    if a.startswith("--"):
+                        values = options[a] = []  # given twice, the later counts
+                    else:
+                        values.append(a)
+                argv = [argv[0], *itertools.chain(*([name, *values] for name, values in options.items()))]
                 plain = ("--checks", "--model", "--dataset", "--sparsity", *source)
                 name = re.sub(r"[^\w.]+", "-", " ".join(a for a in argv if a not in plain))
                 runs[label, model, s, seed] = [*argv, "--out", str(args.out / name)]
@@ -840,11 +861,13 @@ def runs_of(experiment, args, more):
 def paper(args, more, command):
     """Run an experiment, and print it in Markdown."""
     experiment = EXPERIMENTS[args.experiment]
+    if any(a.split("=")[0] == "--seed" or not a.startswith("--") for a in more[:1]) or "--seed" in more:
+        raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
     runs = runs_of(experiment, args, more)
     costs = {args.command: how.cost(args) for args, how in map(prepared, runs.values())}
     if args.dry_run:
         rows = [[f"`{name}`", f"{cost:,}"] for name, cost in costs.items()]
-        print(markdown(["run", "epochs"], [*rows, [f"{len(rows)} runs", f"{sum(costs.values()):,}"]]))
+        print(markdown(["run", "epochs, all in all"], [*rows, [f"{len(rows)} runs", f"{sum(costs.values()):,}"]]))
         return
     try:
         with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
@@ -863,14 +886,14 @@ def paper(args, more, command):
     print(
         f"## {experiment.about}\n\n{args.dataset}, {args.seeds} seed{'s, mean ± standard deviation' * (args.seeds > 1)},"
         f" {first['device']}, torch {first['torch']}; accuracies in % of the"
-        f" {'validation' if first['val'] else 'test'} images. The paper's figures are for CIFAR-10, its full epochs.\n"
+        f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
     )
     points = list(dict.fromkeys(key[:3] for key in runs))
     at = experiment.at or (experiment.models[0], experiment.sparsities[0])
     known = {c for _, figures in experiment.rows.values() for c in figures if at in [key[1:] for key in points]}
     head, rows = ["method", "network", "sparsity"], []
     for c in experiment.columns:
-        head += [c, "paper"] if c in known else [c]
+        head += [c, "paper" if args.dataset == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
     for label, model, s in points:
         rows.append([label, model, percent(of_seeds(lambda r: r["sparsity"], label, model, s)[0])])
         for c in experiment.columns:

@@ -932,7 +932,7 @@ def flags_of_all_methods(cli):
     g.add_argument("--val", action="store_true", help="report on held-out training images, not on the test set")
     g.add_argument("--seed", type=natural, default=0)
     g = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)")
-    g.add_argument("--epochs", type=count, help="E")
+    g.add_argument("--epochs", type=count, help="E, of the search and of the training after it")
     g.add_argument("--batch-size", type=count)
     g.add_argument("--finetune-epochs", type=natural, help="0: only search (default: as --epochs)")
     g.add_argument("--finetune-lr", type=rate)

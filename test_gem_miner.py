@@ -1428,6 +1428,15 @@ def test_every_round_of_imp_has_its_own_randomness():
     assert len(drawn) == len(set(drawn)) == 6
 
 
+def test_values_that_would_quietly_do_something_else_are_refused():
+    with pytest.raises(g.InputError, match="3 rounds"):
+        b.imp(tiny(), tiny_batches(), sparsity=0.5, epochs=2)
+    with pytest.raises(g.InputError, match="not 10"):
+        b.at_init(tiny(), tiny_batches(), score="snip", sparsity=10)
+    counts = [b.edge_popup(tiny(), tiny_batches(), sparsity=0.5, epochs=2, period=1, whole=v).m for v in (False, True)]
+    assert torch.equal(*counts)  # gradual pruning is of the whole network
+
+
 def test_imp_says_when_it_cannot_rewind_that_far():
     with pytest.raises(g.InputError, match="step 13.* has 12"):
         b.imp(tiny(), tiny_batches(), sparsity=0.5, epochs=9, rewind=13)
@@ -1807,7 +1816,13 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_pa
     assert b.main(paper(pictures, tmp_path, "table3", *more)) == 0
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = {tuple(row[:3]): row[3:] for row in cells if len(row) > 3}
-    assert rows["method", "network", "sparsity"] == ["kept %", "before", "paper", "after", "paper"]
+    assert rows["method", "network", "sparsity"] == [
+        "kept %",
+        "before",
+        "paper (CIFAR-10)",
+        "after",
+        "paper (CIFAR-10)",
+    ]
     assert rows["Gem-Miner", "resnet20", "0.59%"][2::2] == ["45.3", "66.15"]
     assert rows["Global EP", "resnet20", "30%"][2::2] == ["", ""]
     assert rows["Global EP", "resnet20", "0.59%"][0] == "0.590" and rows["EP", "resnet20", "30%"][0] == "30.004"
@@ -1816,6 +1831,7 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_pa
 @pytest.mark.parametrize("flags, words", [
     ("fig3 --model resnet18", ["resnet18", "--sparsity"]), ("fig3 --model nonsense", ["nonsense", "resnet20"]), ("table3 --lam 1e-4", ["--lam"]),
     ("table9", ["table9", "table1"]), ("table3 --seeds 0", ["--seeds"]), ("table3 --sparsity 2", ["KEPT"]), ("table3 --nonsense 3", ["--nonsense"]),
+    ("table3 --seed 3", ["--seeds"]), ("table3 more", ["more"]),
 ])  # fmt: skip
 def test_bad_flags_of_paper_are_refused_before_anything_runs(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(g, "run_command", None)
@@ -1823,10 +1839,20 @@ def test_bad_flags_of_paper_are_refused_before_anything_runs(flags, words, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_seed_goes_to_every_run_and_is_not_short_for_seeds(capsys):
-    assert b.main("paper table3 --dry-run --seed 3".split()) == 0
+def test_a_flag_given_twice_counts_once(capsys):
+    assert b.main("paper table2 --dry-run --sparsity 0.05 --finetune-epochs 7".split()) == 0
     out = capsys.readouterr().out
-    assert "| 5 runs |" in out and out.count("--seed 3") == 5
+    assert (
+        "0.0372" not in out
+        and "200" not in out
+        and out.count("--sparsity 0.05 ") == out.count("--finetune-epochs 7 ") == 2
+    )
+
+
+def test_the_readmes_use_of_a_baseline(tmp_path):
+    [example] = [block for block in blocks("python") if "baselines" in block]
+    done = subprocess.run([sys.executable, "-c", example], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_figure_of_searches_alone_has_no_accuracy_after(pictures, tmp_path, capsys):
