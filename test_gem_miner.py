@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of all three files: offline, on the CPU, in two to three minutes on two cores.
+"""Tests of all three files: offline, on the CPU, in about three minutes on two cores.
 
 Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
 """
