@@ -178,7 +178,9 @@ def imp(
             ),
         )  # fmt: skip
         if rewind and steps < rewind:
-            raise gm.InputError(f"there is no step {rewind} to rewind to: the first round has {steps}")
+            raise gm.InputError(
+                f"there is no step {rewind} to rewind to: the first round has {steps}; take less, or longer rounds"
+            )
         p, alive = w.abs(), int(m.count_nonzero())
         with gm.seeded(f.device, seed, "prune", i):
             # One more than 20%: theirs (open_lth) keeps what is strictly above the threshold.
@@ -352,7 +354,7 @@ def edge_popup(
     with gm.seeded(f.device, seed, "scores"):  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)); he_std is sqrt(2/fan_in)
         p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w)
     if whole:
-        sizes, goal = [d], [d - math.ceil(d * (1 - s) - 1e-6)]
+        sizes, goal = [d], [max(1, d - math.ceil(d * (1 - s) - 1e-6))]
     else:
         sizes, goal = f.sizes, [n - floor(n * (1 - s)) for n in f.sizes]
 
@@ -531,7 +533,7 @@ def parser():
     g.add_argument("--trials", type=count, default=144, help="how many of SR-v4's 144 densities (default: all)")
     g.add_argument("--lr", type=rate, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
     about = "a table or figure of the paper"
-    paper = methods.add_parser("paper", help=about, description=ABOUT, allow_abbrev=False)  # --seed is not --seeds
+    paper = methods.add_parser("paper", help=about, description=ABOUT)
     paper.add_argument("experiment", choices=EXPERIMENTS)
     paper.add_argument("--epochs", type=count, help="instead of the paper's; all else scales with it")
     paper.add_argument("--seeds", type=count, default=1, help="how many, from 0 on (default: 1)")
@@ -852,8 +854,11 @@ def runs_of(experiment, args, more):
                     else:
                         values.append(a)
                 argv = [argv[0], *itertools.chain(*([name, *values] for name, values in options.items()))]
-                plain = ("--checks", "--model", "--dataset", "--sparsity", *source)
-                name = re.sub(r"[^\w.]+", "-", " ".join(a for a in argv if a not in plain))
+                for aside in ("--checks", "--from", "--device", "--data-dir", "--compile"):
+                    options.pop(aside, None)
+                words = itertools.chain([argv[0]], *([name, *values] for name, values in options.items()))
+                plain = ("--model", "--dataset", "--sparsity")
+                name = re.sub(r"[^\w.]+", "-", " ".join(a for a in words if a not in plain))
                 runs[label, model, s, seed] = [*argv, "--out", str(args.out / name)]
     return runs
 
@@ -861,7 +866,8 @@ def runs_of(experiment, args, more):
 def paper(args, more, command):
     """Run an experiment, and print it in Markdown."""
     experiment = EXPERIMENTS[args.experiment]
-    if any(a.split("=")[0] == "--seed" or not a.startswith("--") for a in more[:1]) or "--seed" in more:
+    more = [a for a in more if a != "--resume"]  # it always does
+    if any(a.split("=")[0] == "--seed" for a in more) or (more and not more[0].startswith("--")):
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
     runs = runs_of(experiment, args, more)
     costs = {args.command: how.cost(args) for args, how in map(prepared, runs.values())}
@@ -925,6 +931,7 @@ def pictures(experiment, points, of_seeds):
             for title in experiment.curves:
                 curve = functools.partial(by_epoch, *CURVES[title])
                 lines = {label: means(curve, label, model, s) for label in experiment.rows}
+                lines = {label: line for label, line in lines.items() if line}
                 yield f"{model}: {title}", "epoch", range(1, 1 + max(map(len, lines.values()))), lines
         for s in sparsities if experiment.layers else ():
             listed, lines = of_seeds(lambda r: r["layers"], points[0][0], model, s)[0], {}

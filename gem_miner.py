@@ -876,6 +876,9 @@ CLEAR = "\r\033[K" if sys.stdout and sys.stdout.isatty() else ""
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **kw):
+        super().__init__(allow_abbrev=False, **kw)
+
     def error(self, message):
         raise InputError(message)
 
@@ -987,6 +990,8 @@ def complete(args):
         raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
     if args.finetune_epochs is None:
         args.finetune_epochs = args.epochs
+    if args.checks and not args.finetune_epochs:
+        raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
     args.milestones = [t / paper.epochs for t in paper.milestones]
     args.defaults = f"{paper.model} on {paper.dataset} at {100 * paper.sparsity:g}%"
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -1016,7 +1016,7 @@ def refused(argv, capsys, *words):
         ("--model resnet21", ["resnet21", "vgg16"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
         ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
         ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8", "--image-size"]),
-        ("--dataset folder:", ["folder"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--lam 1e39", ["not finite"]),
+        ("--dataset folder:", ["folder"]), ("--checks --finetune-epochs 0", ["--checks", "--finetune-epochs"]), ("--spar 0.1", ["--spar"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--lam 1e39", ["not finite"]),
     ],
 )  # fmt: skip
 def test_bad_flags(flags, words, pictures, tmp_path, capsys, monkeypatch):
@@ -1831,7 +1831,7 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_pa
 @pytest.mark.parametrize("flags, words", [
     ("fig3 --model resnet18", ["resnet18", "--sparsity"]), ("fig3 --model nonsense", ["nonsense", "resnet20"]), ("table3 --lam 1e-4", ["--lam"]),
     ("table9", ["table9", "table1"]), ("table3 --seeds 0", ["--seeds"]), ("table3 --sparsity 2", ["KEPT"]), ("table3 --nonsense 3", ["--nonsense"]),
-    ("table3 --seed 3", ["--seeds"]), ("table3 more", ["more"]),
+    ("table3 --seed 3", ["--seeds"]), ("table3 --bf16 --seed=3", ["--seeds"]), ("table3 more", ["more"]),
 ])  # fmt: skip
 def test_bad_flags_of_paper_are_refused_before_anything_runs(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(g, "run_command", None)
