@@ -37,16 +37,20 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import statistics
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 import gem_miner as gm
 
@@ -269,7 +273,7 @@ def prospr(f, w, batches, K=3, eta=0.1):
     theta = [c * w, *(f.model.get_parameter(n) for n in others)]
 
     def loss():
-        return F.cross_entropy(f.call(f.model, {**f.views(theta[0]), **dict(zip(others, theta[1:]))}, (x,)), y)
+        return F.cross_entropy(functional_call(f.model, {**f.views(theta[0]), **dict(zip(others, theta[1:]))}, (x,)), y)
 
     for _ in range(K):
         theta = [t - eta * g for t, g in zip(theta, torch.autograd.grad(loss(), theta, create_graph=True))]
@@ -360,7 +364,7 @@ def edge_popup(
 
     def effective(p, j):
         counts = [popup_count(d, s, j, epochs, period)] if period else goal
-        return w * (largest(p.detach().abs(), sizes, counts, invert) + (p.abs() - p.abs().detach()))
+        return w * gm.StraightThrough.apply(p.abs(), largest(p.detach().abs(), sizes, counts, invert))
 
     # Theirs: weight decay 5e-4 on the scores. lambda * ||p||^2 has the gradient of a weight decay of 2 * lambda.
     decayed = functools.partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4)
@@ -439,7 +443,8 @@ def smart_ratio_ticket(
             return opt
 
         p = gm.fit(
-            f, torch.tensor(p, dtype=f.dtype), lambda p, j: fixed * gm.round_random(p.repeat_interleave(sizes)), train,
+            f, torch.tensor(p, dtype=f.dtype),
+            lambda p, j: fixed * gm.round_random(p.repeat_interleave(sizes, output_size=f.d)), train,
             # Theirs: a cosine over 150 epochs, of which the paper's table has the tenth. That is all but constant.
             phase="equation 1", epochs=epochs, lr=tune, optimizer=boxed, schedule=lambda eta, j, E: eta,
             batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
@@ -543,6 +548,15 @@ def parser():
     paper.add_argument("--sparsity", action="append", type=gm.fraction)
     paper.add_argument("--dry-run", action="store_true", help="only list the runs, and their cost in epochs")
     paper.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder of the runs (default: runs/paper)")
+    about = "what a step of training costs here, dense, mining and finetuning: a table in Markdown"
+    speed = methods.add_parser("bench", help=about, description=about)
+    speed.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
+    speed.add_argument("--all", action="store_true", help="every network")
+    about = "whose number, size and classes of images (random ones) to take (default: the network's in the paper)"
+    speed.add_argument("--dataset", choices=IMAGES, help=about)
+    speed.add_argument("--batch-size", type=count, help="(default: the paper's)")
+    speed.add_argument("--rounds", type=count, default=11, help="how often each is measured (default: 11)")
+    gm.flags_of_hardware(speed)
     return cli
 
 
@@ -869,6 +883,8 @@ def paper(args, more, command):
     more = [a for a in more if a != "--resume"]  # it always does
     if any(a.split("=")[0] == "--seed" for a in more) or (more and not more[0].startswith("--")):
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
+    if "accuracy, %" in experiment.curves and any(a.split("=")[0] == "--eval-every" for a in more):
+        raise gm.InputError(f"{args.experiment} draws the accuracy of every epoch: leave --eval-every out")
     runs = runs_of(experiment, args, more)
     costs = {args.command: how.cost(args) for args, how in map(prepared, runs.values())}
     if args.dry_run:
@@ -974,6 +990,151 @@ def chart(title, xs, lines):
     return text + "```\n"
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Speed
+# ------------------------------------------------------------------------------------------------------------
+
+IMAGES = {  # side, classes, images to train on
+    "cifar10": (32, 10, 50_000),
+    "cifar100": (32, 100, 50_000),
+    "tinyimagenet": (64, 200, 100_000),
+    "caltech101": (224, 101, 5_205),
+    "shapes": (32, 10, 4_500),
+}
+
+
+class Stopwatch:
+    """What `batches` gives; each pass adds to `seconds` how long it took, with all that was done in between."""
+
+    def __init__(self, batches, device):
+        self.batches, self.wait, self.seconds = batches, getattr(torch, device.type).synchronize, []
+
+    def __iter__(self):
+        self.wait()
+        start = time.perf_counter()
+        yield from self.batches
+        self.wait()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def peak(work, device):
+    """The most memory, in bytes, that tensors of work() hold at a time."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ["KINETO_LOG_LEVEL"] = "9"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        work()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def bench(args):
+    """Print what the networks cost."""
+    import models
+
+    gm.hardware(args)
+    print(
+        f"{args.device.type}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'},"
+        f" torch {torch.__version__}; {args.rounds} rounds; medians ± half the interquartile range. Seconds are noise"
+        " on a shared machine, the ratios less so.\n"
+    )
+    names = list(models.MODELS) if args.all else [args.model]
+    for name in names:
+        cells = costs(name, args)
+        if name == names[0]:
+            print(markdown(cells, []), end="")
+        print(f"| {' | '.join(cells.values())} |", flush=True)
+
+
+def costs(name, args):
+    """{column: what the network called `name` costs}."""
+    import models
+
+    paper = gm.paper_setting(name, args.dataset, 0.0144)
+    side, classes, images = IMAGES[args.dataset or paper.dataset]
+    size, k = args.batch_size or paper.batch_size, 4 if args.device.type == "cpu" else 20
+    f = gm.Network(models.build(name, classes, image_size=side).to(args.device), args.bf16, args.compile)
+    split = torch.randint(256, (k * size, side, side, 3), dtype=torch.uint8), torch.randint(classes, (k * size,))
+    data = gm.Batches(gm.Split(*(t.to(args.device) for t in split)), ([127.5] * 3, [60.0] * 3), size, True, 4)
+    w, state = draw(f, gm.signed_constant, 0), {}
+    plain = copy.deepcopy(f.model).to(memory_format=torch.channels_last)
+    call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
+
+    def dense(batches):
+        """Training as anybody writes it."""
+        opt = torch.optim.SGD(plain.train().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        for x, y in batches:
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = F.cross_entropy(call(x), y)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+
+    def mining(batches):
+        gm.mine(f, batches, sparsity=0.0144, epochs=1, on_epoch=lambda row, v, found: state.update(found))
+
+    def finetuning(batches):
+        gm.finetune(f, w, torch.ones_like(w), batches, epochs=1)
+
+    ready = list(data)
+    work = {
+        "dense": (dense, ready),
+        "mining": (mining, ready),
+        "finetuning": (finetuning, ready),
+        "epoch": (mining, data),
+    }
+    # All in turn, and each time in another order: what else the machine does meets them alike.
+    watches = {what: Stopwatch(batches, args.device) for what, (_, batches) in work.items()}
+    for i in range(args.rounds + 1):
+        for what in [*work][i % 4 :] + [*work][: i % 4]:
+            work[what][0](watches[what])
+    seconds = {what: [t / k for t in watch.seconds[1:]] for what, watch in watches.items()}  # the first: warming up
+    state.clear()
+    memory = [
+        peak(functools.partial(work[what][0], ready[:2]), args.device) for what in ("dense", "mining", "finetuning")
+    ]
+
+    start = time.perf_counter()
+    gm.freeze(state["p"], torch.ones_like(w), round(f.d / 2)).sum().item()
+    freezing = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        gm.save(Path(out) / "checkpoint.pt", state)
+        saving = time.perf_counter() - start
+
+    def ratio(a, b):
+        return quartiles([x / y for x, y in zip(seconds[a], seconds[b])])
+
+    step = statistics.median(seconds["mining"])
+    return {
+        "network": name,
+        "d": f"{f.d:,}",
+        "batch": f"{size} of {side}x{side}",
+        **{
+            f"{what}, ms": quartiles([1000 * t for t in seconds[what]], 1) for what in ("dense", "mining", "finetuning")
+        },
+        "mining / dense": ratio("mining", "dense"),
+        "finetuning / dense": ratio("finetuning", "dense"),
+        "epoch / its steps": ratio("epoch", "mining"),
+        "images/s, mining": f"{size / step:,.0f}",
+        "peak MB: dense, mining, finetuning": ", ".join(f"{b / 1e6:,.0f}" for b in memory),
+        "mining - dense, floats": f"{(memory[1] - memory[0]) / f.d / w.element_size():.1f} d",
+        "freezing, checkpoint, ms": f"{1000 * freezing:.0f}, {1000 * saving:.0f}",
+        "of an epoch": f"{100 * (freezing / paper.period + saving) / (math.ceil(images / size) * step):.2f}%",
+    }
+
+
+def quartiles(values, digits=3):
+    """Median and, of several values, half the interquartile range."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
 def main(argv=None):
     """The command line; returns its exit code, as gem_miner.main."""
 
@@ -982,6 +1143,8 @@ def main(argv=None):
         args, more = parser().parse_known_args(given)
         if args.method == "paper":
             paper(args, more, shlex.join(["python", "baselines.py", *given]))
+        elif args.method == "bench":
+            bench(gm.read(parser(), given))
         else:
             gm.run_command(*prepared(given))
 

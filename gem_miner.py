@@ -29,6 +29,7 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
 import argparse
 import collections
 import contextlib
+import ctypes
 import functools
 import io
 import json
@@ -61,22 +62,36 @@ class Gem(NamedTuple):
     m: torch.Tensor  # r(p) * q, the output of Algorithm 1; at most as many ones as q
 
 
+class StraightThrough(torch.autograd.Function):
+    """The value `rounded`, but with the gradient that p itself would have."""
+
+    @staticmethod
+    def forward(ctx, p, rounded):
+        return rounded.to(p.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def round_ste(p):
     """r(p) = 1[p >= 0.5]; straight-through, so the gradient passes as if r were the identity."""
-    return (p >= 0.5).to(p.dtype) + (p - p.detach())  # p - p.detach() is exactly 0 and carries the gradient
+    return StraightThrough.apply(p, p >= 0.5)
 
 
 def round_random(p):
     """Randomised r (section 3): p is the probability that a weight is kept. Straight-through as well."""
-    return (torch.rand_like(p) < p).to(p.dtype) + (p - p.detach())
+    return StraightThrough.apply(p, torch.rand_like(p) < p)
 
 
-def l2(p):
-    return p.square().sum()  # Deviation 3: squared
+def l2(p, lam):
+    """The gradient of the penalty lam * ||p||^2."""
+    return 2 * lam * p  # Deviation 3: squared
 
 
-def l1(p):
-    return p.abs().sum()
+def l1(p, lam):
+    """The gradient of the penalty lam * ||p||_1."""
+    return lam * p.sign()
 
 
 def cosine(eta, j, E):
@@ -87,11 +102,16 @@ def cosine(eta, j, E):
 # Deviation 7: the paper's line 7 is a plain gradient step. Its authors' code has momentum 0.9 and the cosine above,
 # and decays the weights in finetuning (not the scores) by 1e-4.
 def sgd(params, eta, weight_decay=0.0):
-    return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay, fused=fusible(params))
 
 
 def adam(params, eta):
-    return torch.optim.Adam(params, lr=eta)
+    return torch.optim.Adam(params, lr=eta, fused=fusible(params))
+
+
+def fusible(params):
+    """Whether torch has an optimizer that reads and writes each number once."""
+    return all(p.device.type in ("cpu", "cuda") for p in params)
 
 
 def mine(
@@ -103,7 +123,8 @@ def mine(
     train      tensors (x, y), cut into shuffled batches of batch_size; or anything that yields batches (x, y)
                each time it is iterated, such as a DataLoader. y holds class indices.
     sparsity   s in (0, 1], the fraction of weights kept. epochs: E >= 1. period: T in [1, E]; default E / 30 or 1.
-    lam        weight of the penalty on the scores, >= 0. penalty: l2 (paper) or l1. r: round_ste or round_random.
+    lam        weight of the penalty on the scores, >= 0. r: round_ste or round_random.
+    penalty    l2 (paper) or l1: (p, lam) -> the penalty's gradient.
     optimizer  (params, lr) -> torch optimizer over p. schedule: (lr, j, E) -> learning rate in epoch j.
     init       draws w from a Network: signed_constant (the default, paper A.2), kaiming_normal, or given.
     invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (which words
@@ -137,8 +158,10 @@ def mine(
         with epoch(f, opt, schedule(eta, j, E), seed, "mine", j) as tally:
             for x, y in minibatches(train, batch_size, f.device):              # line 5
                 w_eff = (w * q) * r(p)                                         # line 6
-                loss = tally(f(w_eff, x), y) + lam * penalty(p)
-                p.grad = torch.autograd.grad(loss, p)[0]                       # line 7, straight through r
+                loss = tally(f(w_eff, x), y)
+                opt.zero_grad()
+                loss.backward(inputs=[p])                                      # line 7, straight through r
+                p.grad += penalty(p.detach(), lam)                             # and through lam * ||p||^2 (section 3)
                 opt.step()
                 p.data.clamp_(0, 1)                                            # line 8, proj onto [0,1]^d
             if j % T == 0:                                                     # line 10
@@ -173,15 +196,17 @@ def freeze(p, q, n_keep, invert=False):
     As in Algorithm 1 and the authors' code, p stays as it is: where q is 0, it no longer matters.
     """
     # fmt: off
-    alive = q.nonzero().squeeze(1)                                             # line 11, I_1
-    # Many scores are exactly 0. Shuffling before the stable sort breaks such ties at random; by position, they
-    # would empty the first layers first.
-    alive = alive[torch.randperm(len(alive)).to(alive.device)]
-    worst_first = alive[p[alive].argsort(stable=True, descending=invert)]      # line 12
-    bottom = worst_first[: max(0, len(alive) - n_keep)]                        # lines 13-14
-    q = q.clone()
-    q[bottom] = 0                                                              # line 15
-    return q
+    alive = q.bool()                                                           # line 11, I_1
+    scores = -p[alive] if invert else p[alive]
+    n = len(scores) - n_keep
+    if n <= 0:
+        return q
+    threshold = scores.kthvalue(n).values                                      # line 12, without sorting all of them
+    bottom = scores < threshold                                                # lines 13-14
+    # Many scores are exactly 0. Ties are broken at random; by position, they would empty the first layers first.
+    order = torch.randperm(len(scores), device=scores.device)
+    bottom[order[(scores == threshold)[order]][: n - bottom.sum()]] = True
+    return q.masked_scatter(alive, (~bottom).to(q.dtype))                      # line 15
     # fmt: on
 
 
@@ -190,13 +215,14 @@ class Network(nn.Module):
 
     Prunable is every Conv and Linear weight; one that modules share counts once. Everything else (biases,
     BatchNorm) stays in the module. Attributes: d; names, shapes, sizes of the prunable tensors, in their order
-    in the vector. bf16: run under bfloat16 autocast. compile: through torch.compile.
+    in the vector. bf16: run under bfloat16 autocast. compile: train through torch.compile, where it works.
     """
 
     def __init__(self, model, bf16=False, compile=False):
         super().__init__()
         self.model, self.bf16 = model, bf16
-        self.call = torch.compile(functional_call) if compile else functional_call
+        # One graph for each size of batch; on CUDA, replayed without a launch from Python ("CUDA graph").
+        self.compiled = torch.compile(self.plain, dynamic=False, mode="reduce-overhead") if compile else None
         self.weights = {}
         for name, module in model.named_modules():
             weight = module.weight if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
@@ -223,9 +249,20 @@ class Network(nn.Module):
 
     def forward(self, v, x):
         """Logits of a batch x under the weights v (d,)."""
+        if self.compiled and self.training:  # evaluation is too short to pay for its own compilation
+            try:
+                return self.compiled(v, x)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                reason = next(line for line in str(e).splitlines() if line.strip())
+                warnings.warn(f"torch.compile does not work here, so it goes on without: {reason}", stacklevel=2)
+                self.compiled = None
+        return self.plain(v, x)
+
+    def plain(self, v, x):
         with torch.autocast(v.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             x = x.contiguous() if x.device.type == "mps" else x  # for the same reason as in views
-            logits = self.call(self.model, self.views(v), (x,))
+            v = v.bfloat16() if self.bf16 else v  # at once, where autocast would convert layer by layer
+            logits = functional_call(self.model, self.views(v), (x,))
         return logits.float() if self.bf16 else logits
 
     def views(self, v):
@@ -538,14 +575,14 @@ class Batches:
         top, left = torch.randint(2 * self.pad + 1, (2, n, 1)).to(device)
         mirror = (torch.rand(n, 1) < 0.5).to(device)
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+        down, across = top + rows, left + torch.where(mirror, columns.flip(0), columns)
         last = time.monotonic()
         for number, i in enumerate(chunks(order, self.batch_size)):
             if self.shown and CLEAR and time.monotonic() - last > 0.2:
                 last = time.monotonic()
                 print(f"{CLEAR}  batch {number} of {len(self)}", end="", flush=True)
             if self.pad:  # one gather picks, crops and flips
-                across = left[i] + torch.where(mirror[i], columns.flip(0), columns)
-                x = self.x[i[:, None, None], (top[i] + rows)[:, :, None], across[:, None, :]]
+                x = self.x[i[:, None, None], down[i][:, :, None], across[i][:, None, :]]
             else:
                 x = self.x[i]
             yield ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2), self.y[i]
@@ -798,18 +835,20 @@ class Run:
     result.json     at the end: the figures
     """
 
+    SHARE = 0.01  # of the time goes into checkpoints, at most: where an epoch is short, not each has one
     HEAD = "phase            epoch         lr    loss  train %  test %     q %  r(p)q %  seconds      left"
 
     def __init__(self, out, settings, resume=False, device="cpu"):
         self.out, self.settings, self.rows, self.phase, self.state = out, settings, [], None, None
         self.remaining = 0  # epochs to come, for the time left
+        self.saved, self.saving = -math.inf, 0.0  # when there was a checkpoint, and how long it took
         if resume:
             self.continue_from(out / "checkpoint.pt", device)
         elif any((out / name).exists() for name in ("checkpoint.pt", "gem.pt", "result.json")):
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self.save("log.jsonl", self.log())  # on resuming, the file may be a row behind the checkpoint
+            self.save("log.jsonl", self.log())  # on resuming, the file may differ from the checkpoint
         except OSError as e:
             raise InputError(f"cannot write to {out} ({e.strerror}): choose another --out") from e
 
@@ -846,22 +885,26 @@ class Run:
 
         def on_epoch(row, v, state):
             nonlocal clock
-            row = {"phase": phase, **row, "test_acc": accuracy(f, test, v)}
+            due = row["epoch"] % self.settings["eval_every"] == 0 or row["epoch"] == epochs
+            row = {"phase": phase, **row, "test_acc": accuracy(f, test, v) if due else None}
             row["seconds"], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
             self.remaining -= 1
             self.rows.append(row)
             self.show(row, f.d)
-            self.save("checkpoint.pt", {"settings": self.settings, "rows": self.rows, "phase": phase, "state": state})
+            if row["epoch"] == epochs or clock - self.saved >= self.saving / self.SHARE:
+                content = {"settings": self.settings, "rows": self.rows, "phase": phase, "state": state}
+                self.save("checkpoint.pt", content)
+                self.saved, self.saving = time.perf_counter(), time.perf_counter() - clock
             self.save("log.jsonl", self.log())
 
         state, self.phase = self.state if last else None, phase
         return method(f, *args, data, epochs=epochs, on_epoch=on_epoch, state=state, **kw)
 
     def show(self, row, d):
-        left = int(max(0, self.remaining) * row["seconds"])
+        left, acc = int(max(0, self.remaining) * row["seconds"]), row["test_acc"]
         print(
             f"{CLEAR}{row.get('stage', row['phase']):<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f}"
-            f" {row['train_acc']:>8.2f} {row['test_acc']:>7.2f} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f}"
+            f" {row['train_acc']:>8.2f} {'' if acc is None else f'{acc:.2f}':>7} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f}"
             f" {row['seconds']:>8.1f} {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
             flush=True,
         )
@@ -944,9 +987,14 @@ def flags_of_all_methods(cli):
     g.add_argument("--out", type=Path, help="folder of the run (default: under runs/)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
     g.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
+    g.add_argument("--eval-every", type=count, default=1, help="epochs from test to test (default: 1)")
+    flags_of_hardware(g)
+
+
+def flags_of_hardware(g):
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the network")
+    g.add_argument("--compile", action="store_true", help="train through torch.compile")
 
 
 def parser():
@@ -994,6 +1042,15 @@ def complete(args):
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
     args.milestones = [t / paper.epochs for t in paper.milestones]
     args.defaults = f"{paper.model} on {paper.dataset} at {100 * paper.sparsity:g}%"
+    hardware(args)
+    if args.out is None:
+        data = args.dataset.replace("folder:", "folder-").replace("/", "_")
+        args.out = Path("runs") / f"{args.method}-{args.model}-{data}-{args.sparsity:g}-seed{args.seed}"
+    return args
+
+
+def hardware(args):
+    """Turn args.device into a torch.device and fill in args.bf16; set this process up to train fast."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in have if have[name]) if args.device == "auto" else args.device
     if not have[device]:
@@ -1001,10 +1058,12 @@ def complete(args):
     args.device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if args.bf16 is None:
         args.bf16 = device == "cuda"
-    if args.out is None:
-        data = args.dataset.replace("folder:", "folder-").replace("/", "_")
-        args.out = Path("runs") / f"{args.method}-{args.model}-{data}-{args.sparsity:g}-seed{args.seed}"
-    return args
+    torch.backends.cudnn.benchmark = True
+    if sys.platform == "linux":
+        # glibc hands big freed blocks back to the system, which makes all of a step's activations page faults.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def prepare(args):
@@ -1030,11 +1089,10 @@ def prepare(args):
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = Batches(train, stats, args.batch_size, train=True, pad=data.pad, shown=True)
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
+    x, y = next(iter(test))
     try:
-        accuracy(f, [next(iter(test))])
+        accuracy(f, [(x[:1], y[:1])])
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            raise InputError("out of memory: try a smaller --batch-size") from e
         hint = "try --image-size 32; " if args.dataset.startswith("folder:") else ""
         raise InputError(f"{args.model} fails on images of {'x'.join(map(str, test.size[::-1]))}: {hint}{e}") from e
     return f, train, test, build
@@ -1206,6 +1264,9 @@ def guarded(prog, work):
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
             work()
+    except torch.OutOfMemoryError:
+        print(f"{CLEAR}{prog}: error: out of memory: try a smaller --batch-size", file=sys.stderr)
+        return 2
     except (InputError, FloatingPointError, ImportError, OSError) as e:
         print(f"{CLEAR}{prog}: error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
         return 2

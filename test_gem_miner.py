@@ -6,6 +6,7 @@ Where it can, a test compares with an oracle that it states itself: slower, plai
 
 import ast
 import copy
+import functools
 import io
 import json
 import math
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import utils as tv_utils
 from torchvision.transforms.functional import to_pil_image
 
@@ -33,6 +35,7 @@ import models
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
+g.Run.SHARE = math.inf  # a checkpoint after every epoch, however short
 
 
 def imports(path):
@@ -198,14 +201,102 @@ def test_bfloat16_returns_float32_close_to_float32():
     assert torch.allclose(a, b, atol=0.05 * a.abs().max().item())
 
 
+def test_bfloat16_of_the_vector_is_autocast_of_every_layer():
+    f, x, y = g.Network(models.resnet20(), bf16=True), torch.randn(4, 3, 32, 32), torch.arange(4)
+    v = f.vector().requires_grad_()
+    at_once = f(v, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        by_layer = torch.func.functional_call(f.model, f.views(v), (x,)).float()
+    ours, plain = (torch.autograd.grad(F.cross_entropy(logits, y), v)[0] for logits in (at_once, by_layer))
+    assert torch.equal(at_once, by_layer) and torch.equal(ours, plain) and ours.abs().max() > 0
+
+
+def batches_of_two_sizes():
+    return [(x[:size], y[:size]) for (x, y), size in zip(tiny_batches(dtype=torch.float32), (8, 8, 5))]
+
+
+@pytest.mark.filterwarnings("ignore:torch.compile does not work", "ignore:no weight is left")
 def test_compiled_equals_eager():
-    model = tiny(torch.float32)
-    (x, y), *_ = tiny_batches(dtype=torch.float32)
-    try:
-        gems = [g.mine(g.Network(model, compile=c), [(x, y)], sparsity=0.5, epochs=2, period=1) for c in (False, True)]
-    except torch._dynamo.exc.BackendCompilerFailed:
-        pytest.skip("no C++ compiler here")
-    assert torch.allclose(gems[0].p, gems[1].p, atol=1e-5) and torch.equal(gems[0].q, gems[1].q)
+    """Where the weights are scores, where they are trained, and with a last batch that is smaller."""
+    found, data = {False: [], True: []}, batches_of_two_sizes()
+    for compiled, vectors in found.items():
+        f = g.Network(tiny(torch.float32), compile=compiled)
+        gem = g.mine(f, data, sparsity=0.5, epochs=2, period=1)
+        vectors += [gem.p, gem.q, g.finetune(f, gem.w, gem.q, data, epochs=2, lr=0.1)]
+        vectors += [*b.edge_popup(f, data, sparsity=0.5, epochs=2)[1:3], *f.rest().values()]
+        if compiled and not f.compiled:
+            pytest.skip("no C++ compiler here")
+    assert len(found[True]) > 5
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found[False], found[True]))
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
+    def fails(call, **_):
+        def compiled(*_):
+            raise torch._dynamo.exc.TorchDynamoException("\nno C++ compiler\na long story")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(UserWarning, match="without: no C.. compiler$") as said:
+        f = g.Network(tiny(), compile=True)
+        gem = g.mine(f, tiny_batches(), sparsity=0.5, epochs=2, period=1)
+    assert len(said) == 1 and torch.equal(gem.p, g.mine(tiny(), tiny_batches(), sparsity=0.5, epochs=2, period=1).p)
+
+
+@pytest.mark.parametrize("ours, plain", [
+    (g.sgd_decayed, functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)), (g.adam, torch.optim.Adam),
+])  # fmt: skip
+def test_fused_optimizers_are_the_plain_ones(ours, plain):
+    ends = []
+    for make in (lambda p: ours(p, 0.01), lambda p: plain(p, lr=0.01, foreach=False)):
+        gen = torch.Generator().manual_seed(0)
+        p = torch.rand(1000, generator=gen).requires_grad_()
+        opt = make([p])
+        for _ in range(20):
+            p.grad = torch.randn(1000, generator=gen)
+            opt.step()
+        ends.append(p.detach())
+    assert torch.allclose(*ends, atol=1e-6) and (ends[0] - p.grad).abs().max() > 0.1
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading a number, or a size that depends on values."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.overloadpacket.__name__ in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("search", [
+    lambda f, data: g.mine(f, data, sparsity=0.5, epochs=1),
+    lambda f, data: g.mine(f, data, sparsity=0.5, epochs=1, r=g.round_random, penalty=g.l1),
+    lambda f, data: g.finetune(f, g.given(f), torch.ones(f.d), data, epochs=1),
+    lambda f, data: b.edge_popup(f, data, sparsity=0.5, epochs=1),
+    lambda f, data: b.edge_popup(f, data, sparsity=0.5, epochs=1, period=1),
+    lambda f, data: b.imp(f, data, sparsity=0.8, epochs=1),
+    lambda f, data: b.smart_ratio_ticket(f, data, densities=lambda f: [0.5] * len(f.sizes), tune=0.1, epochs=1),
+])  # fmt: skip
+def test_no_step_waits_for_the_device(search):
+    split = g.draw_shapes(40, 1)
+    waits, seen = Waits(), []
+
+    class Watched(g.Batches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield batch
+                seen.append(waits.n)
+
+    with waits:
+        search(g.Network(models.resnet20()), Watched(split, ([127.5] * 3, [60.0] * 3), 8, True, 4))
+        assert torch.ones(1).item() and waits.n > seen[-1]  # it does see such a read
+    assert len(seen) == 5 and seen[0] == seen[-1]
 
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -367,7 +458,7 @@ def test_a_lost_layer_is_named_once_and_a_lost_loss_stops_the_run():
     with pytest.raises(FloatingPointError, match="epoch 1"):
         g.mine(tiny(), [(x * math.nan, y)], sparsity=0.5, epochs=2, period=1)
     with pytest.raises(FloatingPointError):  # the last step of an epoch leaves scores, but no loss, that are not finite
-        g.mine(tiny(), [(x, y)], sparsity=0.5, epochs=1, period=1, penalty=lambda p: p.sum() * math.nan)
+        g.mine(tiny(), [(x, y)], sparsity=0.5, epochs=1, period=1, penalty=lambda p, lam: p * math.nan)
     with pytest.raises(FloatingPointError):
         f = g.Network(tiny())
         g.finetune(f, f.vector(), torch.ones(42).double(), [(x * math.nan, y)], epochs=1)
@@ -940,6 +1031,40 @@ def test_every_check_starts_from_the_same_state_as_the_gem(pictures, tmp_path, m
     assert len(retrained) == 4 and all(same(start, retrained[0]) for start in retrained)
 
 
+def test_checkpoints_take_their_share_of_the_time_and_no_more(finished, pictures, tmp_path, monkeypatch, capsys):
+    argv, real, rows = command(pictures, tmp_path / "run", "--checks"), g.save, []
+
+    def save(path, content):
+        real(path, content)
+        if path.name == "checkpoint.pt":
+            rows.append(len(content["rows"]))
+
+    monkeypatch.setattr(g, "save", save)
+    monkeypatch.setattr(g.Run, "SHARE", 1e-9)
+    with monkeypatch.context() as patch:
+        real_show, shown = g.Run.show, []
+        patch.setattr(g.Run, "show", lambda *a: shown.append(1) if len(shown) < 4 else real_show(1 / 0))
+        with pytest.raises(ZeroDivisionError):  # killed in the fifth epoch
+            g.main(argv)
+    assert rows == [1, 3]  # the first, and the end of mining
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
+    assert g.main([*argv, "--resume"]) == 0
+    assert rows[2:] == [4, 6, 9, 12, 15, 18]  # of this process the first; then, where a phase ends
+    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+
+
+def test_testing_less_often_changes_nothing_else(pictures, tmp_path, capsys):
+    for name, more in (("often", ()), ("less", ("--eval-every", "2"))):
+        assert g.main(command(pictures, tmp_path / name, *more)) == 0
+    often, less = (artefacts(tmp_path / name) for name in ("often", "less"))
+    assert [row["test_acc"] for row in less[0]] == [
+        row["test_acc"] if row["epoch"] in (2, 3) else None for row in often[0]
+    ]
+    assert [{**row, "test_acc": 0} for row in less[0]] == [{**row, "test_acc": 0} for row in often[0]]
+    assert less[1].pop("eval_every") == 2 and often[1].pop("eval_every") == 1
+    assert same(often[1], less[1]) and same(often[2], less[2])
+
+
 def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
     more = ("--rounding", "random", "--optimizer", "adam", "--lr", "0.05", "--finetune-mask", "m")
     assert g.main(command(pictures, tmp_path / "a", *more)) == 0
@@ -982,7 +1107,7 @@ def test_the_other_flags_do_something(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         g.LOADERS, "cifar10", lambda root: seen.update(root=root) or g.load_data(f"folder:{pictures}", None)
     )
-    monkeypatch.setattr(torch, "compile", lambda call: seen.update(compiled=True) or call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: seen.update(compiled=True) or call)
     monkeypatch.chdir(tmp_path)
     assert g.main(["--epochs", "1", "--data-dir", "elsewhere", "--compile", "--device", "cpu"]) == 0
     assert seen == {"root": Path("elsewhere"), "compiled": True}
@@ -990,7 +1115,7 @@ def test_the_other_flags_do_something(pictures, tmp_path, monkeypatch, capsys):
     handled = {a.option_strings[0] for a in g.parser()._actions} - {"-h"}
     assert handled == set(
         "--model --dataset --sparsity --image-size --val --seed --epochs --period --batch-size --optimizer --lr --lam --penalty --rounding"
-        " --finetune-mask --finetune-epochs --finetune-lr --checks --out --resume --data-dir --device --bf16 --compile".split()
+        " --finetune-mask --finetune-epochs --finetune-lr --checks --out --resume --data-dir --eval-every --device --bf16 --compile".split()
     )  # a new flag needs a test
 
 
@@ -1087,7 +1212,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(pictures, tmp
         assert g.main(argv) == 130
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(g, "l2", lambda p: p.sum() * math.nan)
+        patch.setattr(g, "l2", lambda p, lam: p * math.nan)
         refused([*argv, "--resume"], capsys, "not finite in epoch 2")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert g.main([*argv, "--resume"]) == 0
@@ -1831,7 +1956,7 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_pa
 @pytest.mark.parametrize("flags, words", [
     ("fig3 --model resnet18", ["resnet18", "--sparsity"]), ("fig3 --model nonsense", ["nonsense", "resnet20"]), ("table3 --lam 1e-4", ["--lam"]),
     ("table9", ["table9", "table1"]), ("table3 --seeds 0", ["--seeds"]), ("table3 --sparsity 2", ["KEPT"]), ("table3 --nonsense 3", ["--nonsense"]),
-    ("table3 --seed 3", ["--seeds"]), ("table3 --bf16 --seed=3", ["--seeds"]), ("table3 more", ["more"]),
+    ("table3 --seed 3", ["--seeds"]), ("table3 --bf16 --seed=3", ["--seeds"]), ("fig5 --eval-every=2", ["--eval-every"]), ("table3 more", ["more"]),
 ])  # fmt: skip
 def test_bad_flags_of_paper_are_refused_before_anything_runs(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(g, "run_command", None)
@@ -1886,6 +2011,44 @@ def test_spread_and_chart():
     assert "blue: a, orange: b" in text and text.count('", "') == 49 and text.count("7, 7") > 10
 
 
+# --- bench ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_reports_and_mining_needs_no_more_memory_than_promised(monkeypatch, capsys):
+    monkeypatch.setattr(models, "MODELS", {n: models.MODELS[n] for n in ("resnet20", "wrn28_2")})
+    assert b.main("bench --all --rounds 2 --batch-size 4 --device cpu".split()) == 0
+    about, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert about.startswith("cpu, float32, eager, torch ") and len(rows) == 2
+    for row, (name, d) in zip(rows, (("resnet20", 268_336), ("wrn28_2", 1_463_984))):
+        cells = dict(zip(*([c.strip() for c in line.strip("|").split("|")] for line in (head, row))))
+        assert (cells["network"], cells["d"], cells["batch"]) == (name, f"{d:,}", "4 of 32x32")
+        for what in ("mining / dense", "finetuning / dense", "epoch / its steps"):
+            middle, spread = map(float, cells[what].split(" ± "))
+            assert 0.1 < middle < 10 and spread >= 0
+        dense, mining, finetuning = (int(n) for n in cells["peak MB: dense, mining, finetuning"].split(", "))
+        assert dense <= finetuning <= mining
+        if name == "resnet20":  # of the other, four images take less memory than freezing
+            assert float(cells["mining - dense, floats"].removesuffix(" d")) <= 6
+        assert 0 <= float(cells["of an epoch"].rstrip("%")) < 100
+
+
+def test_a_stopwatch_takes_what_is_done_between_batches(monkeypatch):
+    now = iter((10.0, 17.0, 20.0, 21.0))
+    monkeypatch.setattr(b.time, "perf_counter", lambda: next(now))
+    watch = b.Stopwatch("ab", torch.device("cpu"))
+    assert ["".join(watch), "".join(watch)] == ["ab", "ab"] and watch.seconds == [7, 1]
+
+
+def test_peak_is_the_most_that_is_held_at_a_time():
+    def work():
+        a = torch.ones(1_000_000)
+        b = a + 1  # 8 MB are held here
+        del a, b
+        return torch.ones(1_500_000)
+
+    assert b.peak(work, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
 # --- for one's own network; the README ------------------------------------------------------------------------
 
 
@@ -1919,6 +2082,8 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
         small = [*argv, "--epochs", "1", "--out", str(tmp_path / str(len(ran)))]
         if "paper" in argv:
             assert b.main([*argv, "--dry-run"]) == 0
+        elif "bench" in argv:
+            b.parser().parse_args(argv)
         else:
             b.prepared(["gem-miner", *argv] if program == "gem_miner.py" else argv) if "cuda" not in argv else None
         if "shapes" in argv and "--resume" not in argv and command in commands:
@@ -1968,6 +2133,21 @@ def test_gpu_agrees_with_cpu(pictures):
     assert torch.equal(gems[0].w, gems[1].w.cpu())
     assert torch.allclose(gems[0].p, gems[1].p.cpu(), atol=1e-3)
     assert (gems[0].q != gems[1].q.cpu()).float().mean() < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_compiled_equals_eager():
+    """As CUDA graphs, with a last batch that is smaller."""
+    data = [(torch.randn(n, 3, 32, 32).cuda(), torch.arange(n).cuda() % 10) for n in (16, 16, 5)]
+    torch.manual_seed(0)
+    model, ends = models.resnet20().cuda(), []
+    for compiled in (False, True):
+        f = g.Network(copy.deepcopy(model), compile=compiled)
+        gem = g.mine(f, data, sparsity=0.5, epochs=3, period=1)
+        ends.append((gem.p, g.finetune(f, gem.w, torch.ones_like(gem.w), data, epochs=3)))
+        assert bool(f.compiled) == compiled
+    for x, y in zip(*ends):
+        assert torch.allclose(x, y, atol=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
