@@ -4,6 +4,7 @@
     python baselines.py imp --rewind 1000 --sparsity 0.0144    # METHOD, and the flags of gem_miner.py
     python baselines.py paper table3 --dry-run                 # a table or figure of the paper: its runs, their cost
     python baselines.py paper table3 --epochs 20 --seeds 3     # the same, run, each 150 epochs scaled down to 20
+    python baselines.py bench                                  # what a step of training costs on this machine
 
 A method finds, for weights w, a mask m of what to keep; gem_miner.finetune then trains w under m. In the order of
 the paper's Table 1, with the epochs that the search costs at 1.44% where the paper trains for 150:
