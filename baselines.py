@@ -154,6 +154,8 @@ def imp(
     rounds = imp_rounds(sparsity)
     if epochs < rounds:
         raise gm.InputError(f"{rounds} rounds need {rounds} epochs or more, not {epochs}")
+    if isinstance(train, gm.Batches) and rewind and rewind > len(train) * (epochs // rounds):
+        raise gm.InputError(f"no step {rewind} to rewind to: the first round has {len(train) * (epochs // rounds)}")
     w = start = draw(f, init, seed)
     m, first, steps, rest = torch.ones_like(w), 0, 0, f.rest()
     if state:
@@ -341,7 +343,7 @@ def popup_count(d, s, j, E, T):
     """Gradual pruning: how many of d weights are in the mask in epoch j; T: period. From s^(1/n) on, in n steps."""
     n = max(1, (E - 1) // T)
     updated = T * max(0, (j - 2) // T)  # theirs, counting epochs from 0: at the end of epochs T, 2T, ...
-    return d - math.ceil(d * (1 - s ** (min(n, max(1, (updated + 1) // T)) / n)) - 1e-6)
+    return max(1, d - math.ceil(d * (1 - s ** (min(n, max(1, (updated + 1) // T)) / n)) - 1e-6))
 
 
 @method
@@ -631,12 +633,7 @@ def densities(args, f):
 
 def densities_of(folder, f):
     """The fraction that the run in `folder` keeps of each layer of f."""
-    if not (folder / "gem.pt").is_file():
-        raise gm.InputError(f"--from {folder}: there is no gem.pt: give the folder of a run that has found its mask")
-    mask = gm.load(folder / "gem.pt").get("mask", {})
-    if [(n, tuple(m.shape)) for n, m in mask.items()] != list(zip(f.names, f.shapes)):
-        raise gm.InputError(f"--from {folder}: that run is of another network")
-    return [m.double().mean().item() for m in mask.values()]
+    return [m.double().mean().item() for m in gm.load_gem(folder, f)["mask"].values()]
 
 
 def source(args):
@@ -663,17 +660,21 @@ def completed(argv):
     def result():
         try:
             log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-            return json.loads((args.out / "result.json").read_text()) | {"log": log}
-        except (OSError, ValueError):  # not there, or damaged
+            found = json.loads((args.out / "result.json").read_text())
+            return found | {"log": log} if found.pop("checksum") == gm.checksum(found, log) else None
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):  # not there, or damaged
             return None
 
-    found = result()
-    if found:
-        gm.same_settings(gm.settings(args), found, args.out)
-    if not found or (args.checks and "checks" not in found):
-        args.resume = (args.out / "checkpoint.pt").exists()
-        gm.run_command(args, how)
+    try:
         found = result()
+        if found:
+            gm.same_settings(gm.settings(args), found, args.out)
+        if not found or (args.checks and "checks" not in found):
+            args.resume = (args.out / "checkpoint.pt").exists()
+            gm.run_command(args, how)
+            found = result()
+    except (gm.InputError, FloatingPointError) as e:
+        raise gm.InputError(f"{args.command}: {e}") from e
     return found
 
 
@@ -848,7 +849,8 @@ def runs_of(experiment, args, more):
         sparsities = args.sparsity or experiment.sparsities or listed
         if not sparsities:
             raise gm.InputError(f"the paper has no sparsities for --model {model} here: give --sparsity")
-        E = gm.paper_setting(model, "cifar10", 1).epochs
+        E = gm.paper_setting(model, "cifar10", 1).epochs  # what the numbers in EXPERIMENTS are for
+        epochs = args.epochs or gm.paper_setting(model, args.dataset, 1).epochs
         for s, seed in itertools.product(sparsities, range(args.seeds)):
             for label, (command, _) in experiment.rows.items():
                 argv = command.format(warm=WARM.get(model, 1000), E=E, long=20 * E).split()
@@ -856,11 +858,11 @@ def runs_of(experiment, args, more):
                     argv += [name, str(value)]
                 if s and argv[0] != "dense":
                     argv += ["--sparsity", str(s)]
-                if args.epochs:
+                if epochs != E:
                     argv += [] if "--epochs" in argv else ["--epochs", str(E)]
                     for i in range(1, len(argv)):
                         if argv[i - 1] in SCALED and argv[i] != "0":
-                            argv[i] = str(max(1, round(int(argv[i]) * args.epochs / E)))
+                            argv[i] = str(max(1, round(int(argv[i]) * epochs / E)))
                 source = [runs[a[1:], model, s, seed][-1] for a in argv if a.startswith("@")]
                 options = {}
                 for a in [*(source[0] if a.startswith("@") else a for a in argv[1:]), *more]:

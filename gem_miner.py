@@ -40,6 +40,8 @@ import shlex
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +49,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------------------------
 # Algorithm 1, and the few functions that it stands on
@@ -399,7 +406,7 @@ def accuracy(model, data, v=None, batch_size=1000):
 
 def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
     """Learning rate in epoch j = 1..E: eta, a tenth from each milestone on (fractions of E; Table 15)."""
-    return eta * 0.1 ** sum(j > round(E * t) for t in milestones)
+    return eta * 0.1 ** sum(j > max(1, round(E * t)) for t in milestones)
 
 
 sgd_decayed = functools.partial(sgd, weight_decay=1e-4)
@@ -568,6 +575,10 @@ class Batches:
     def __len__(self):
         return len(chunks(self.y, self.batch_size))
 
+    def fingerprint(self):
+        """Numbers that tell these images and labels from others."""
+        return [*self.x.shape, self.x.sum(dtype=torch.int64).item(), self.y.cumsum(0).sum().item()]
+
     def __iter__(self):
         # All random draws of an epoch are made at once and on the CPU, so that a seed means the same everywhere.
         n, (h, w), device = len(self.y), self.size, self.x.device
@@ -618,6 +629,8 @@ def divide(split, fraction):
     """Two Splits: all but a random `fraction` of the images, and that fraction. The same ones every time."""
     order = torch.randperm(len(split.y), generator=torch.Generator().manual_seed(0))
     cut = round(len(order) * (1 - fraction))
+    if cut in (0, len(order)):
+        raise InputError(f"{len(order)} training images are too few to hold {fraction:.0%} of them out")
     return tuple(Split(split.x[i], split.y[i]) for i in (order[:cut], order[cut:]))
 
 
@@ -675,9 +688,12 @@ def tinyimagenet(root):
         with fetching("tinyimagenet", f"{url} into {root}"):
             download_and_extract_archive(url, root, root / "unpacking", md5="90528d7ca1a48142e341f4ef8d21d0de")
         (root / "unpacking" / home.name).rename(home)  # only now: it is there whole or not at all
-    train = ImageFolder(home / "train")
-    rows = [line.split("\t") for line in (home / "val" / "val_annotations.txt").read_text().splitlines()]
-    test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
+    train, labels = ImageFolder(home / "train"), home / "val" / "val_annotations.txt"
+    try:
+        rows = [line.split("\t") for line in labels.read_text().splitlines()]
+        test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
+    except (ValueError, LookupError) as e:
+        raise InputError(f"{labels} is damaged: remove {home}, and it is downloaded again") from e
     # Deviation 5: padded crops and flips, as in the authors' code, where A.1 says rotations and flips; and the
     # validation images as test set, where A.1 has both.
     return Data(read_images(train.samples), read_images(test), len(train.classes))
@@ -714,6 +730,8 @@ def folder(path, image_size=None):
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise InputError(f"{path}: train and {held[0].name} must have the same class folders; only one has {odd[0]!r}")
     classes = len(train.classes)
+    if classes < 2:
+        raise InputError(f"{path / 'train'} has one class, {train.classes[0]!r}: there is nothing to tell apart")
     train, test = read_images(train.samples, image_size), read_images(test.samples, image_size)
     if train.x.shape[1:] != test.x.shape[1:]:
         raise InputError(f"{path}: training and test images differ in size: resize them with --image-size 32")
@@ -730,7 +748,7 @@ def read_images(samples, size=None):
     def read(path):
         try:
             image = default_loader(path)
-        except (OSError, ValueError, SyntaxError) as e:
+        except Exception as e:  # PIL raises a dozen types on damaged files
             raise InputError(f"cannot read the image {path}: remove it or replace it ({e})") from e
         return pil_to_tensor(image.resize((size, size)) if size else image)
 
@@ -807,16 +825,40 @@ def save(path, content):
     buffer = io.BytesIO()
     buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(buffer.getbuffer())
-    os.replace(part, path)
+    try:
+        part.write_bytes(buffer.getbuffer())
+        os.replace(part, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"cannot write {path} ({e.strerror}): make that possible, then go on with --resume") from e
 
 
 def load(path, device="cpu"):
     """What save() wrote by torch.save; never executes code from the file."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load looks at no checksum
+                raise zipfile.BadZipFile
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on damaged files
         raise InputError(f"{path} is damaged ({type(e).__name__}): choose another --out and start again") from e
+
+
+def load_gem(folder, f):
+    """The gem.pt in the folder of a run of the Network f."""
+    path, found = folder / "gem.pt", None
+    if not path.is_file():
+        raise InputError(f"there is no {path}: a run writes it when it has found what to keep")
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        found = load(path, f.device)
+        if [(n, tuple(m.shape)) for n, m in found["mask"].items()] == list(zip(f.names, f.shapes)):
+            return found
+    raise InputError(f"{path} is not a gem of this network: choose another folder")
+
+
+def checksum(*content):
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def same_settings(ours, theirs, out):
@@ -844,13 +886,22 @@ class Run:
         self.saved, self.saving = -math.inf, 0.0  # when there was a checkpoint, and how long it took
         if resume:
             self.continue_from(out / "checkpoint.pt", device)
-        elif any((out / name).exists() for name in ("checkpoint.pt", "gem.pt", "result.json")):
+        elif (out / "checkpoint.pt").exists():
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
+        elif (out / "gem.pt").exists() or (out / "result.json").exists():
+            raise InputError(f"{out} already holds a run, without its checkpoint.pt: choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self.save("log.jsonl", self.log())  # on resuming, the file may differ from the checkpoint
+            self.lock = os.open(out, os.O_RDONLY) if fcntl else None
         except OSError as e:
             raise InputError(f"cannot write to {out} ({e.strerror}): choose another --out") from e
+        try:
+            if fcntl:  # one process at a time; the lock ends with the process, however that ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            self.close()
+            raise InputError(f"another process is at work in {out}: wait for it, or choose another --out") from e
+        self.save("log.jsonl", self.log())  # on resuming, the file may differ from the checkpoint
 
     def continue_from(self, checkpoint, device):
         if not checkpoint.is_file():
@@ -858,9 +909,20 @@ class Run:
         saved = load(checkpoint, device)
         try:
             theirs, self.rows, self.phase, self.state = (saved[k] for k in ("settings", "rows", "phase", "state"))
-        except (KeyError, TypeError) as e:
+            same_settings(self.settings, theirs, self.out)
+            self.settings["images"] = theirs["images"]
+        except (AttributeError, KeyError, TypeError) as e:
             raise InputError(f"{checkpoint} is not a checkpoint of this program: choose another --out") from e
-        same_settings(self.settings, theirs, self.out)
+
+    def on(self, images):
+        """Note the fingerprints of the images; InputError if the run was begun on others."""
+        if self.settings.setdefault("images", images) != images:
+            raise InputError(f"{self.out} holds a run on other images than are there now: choose another --out")
+
+    def close(self):
+        """Let another process have the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
 
     def save(self, name, content):
         save(self.out / name, content)
@@ -890,12 +952,12 @@ class Run:
             row["seconds"], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
             self.remaining -= 1
             self.rows.append(row)
-            self.show(row, f.d)
             if row["epoch"] == epochs or clock - self.saved >= self.saving / self.SHARE:
                 content = {"settings": self.settings, "rows": self.rows, "phase": phase, "state": state}
                 self.save("checkpoint.pt", content)
                 self.saved, self.saving = time.perf_counter(), time.perf_counter() - clock
             self.save("log.jsonl", self.log())
+            self.show(row, f.d)
 
         state, self.phase = self.state if last else None, phase
         return method(f, *args, data, epochs=epochs, on_epoch=on_epoch, state=state, **kw)
@@ -934,11 +996,11 @@ def parse(kind, text):
 
 
 def number(kind, text, low, above=False):
-    """text as an int or float of at least low, or above it."""
+    """text as an int or float from low, or above it, to 1e9."""
     value = parse(kind, text)
-    if not low <= value < math.inf or (above and value == low):
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"must be a {whole}number {'above' if above else 'from'} {low}, not {text!r}")
+    if not low <= value <= 1e9 or (above and value == low):
+        whole, start = "whole " if kind is int else "", "above" if above else "from"
+        raise argparse.ArgumentTypeError(f"must be a {whole}number {start} {low} to 1e9, not {text[:40]!r}")
     return value
 
 
@@ -958,6 +1020,19 @@ def count(text):
     return number(int, text, 1)
 
 
+def side(text):
+    value = count(text)
+    if value > 4096:
+        raise argparse.ArgumentTypeError(f"must be at most 4096 pixels, not {value}")
+    return value
+
+
+def place(text):
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(text)
+
+
 def weight(text):
     return number(float, text, 0)
 
@@ -974,7 +1049,7 @@ def flags_of_all_methods(cli):
     g.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
-    g.add_argument("--image-size", type=count, help="resize the images of folder:PATH to this many pixels square")
+    g.add_argument("--image-size", type=side, help="resize the images of folder:PATH to this many pixels square")
     g.add_argument("--val", action="store_true", help="report on held-out training images, not on the test set")
     g.add_argument("--seed", type=natural, default=0)
     g = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)")
@@ -984,9 +1059,9 @@ def flags_of_all_methods(cli):
     g.add_argument("--finetune-lr", type=rate)
     g.add_argument("--checks", action="store_true", help="run the sanity checks of section 4 as well")
     g = cli.add_argument_group("where and how")
-    g.add_argument("--out", type=Path, help="folder of the run (default: under runs/)")
+    g.add_argument("--out", type=place, help="folder of the run (default: under runs/)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
-    g.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
+    g.add_argument("--data-dir", type=place, default=Path("data"), help="where data sets are kept (default: data)")
     g.add_argument("--eval-every", type=count, default=1, help="epochs from test to test (default: 1)")
     flags_of_hardware(g)
 
@@ -1089,13 +1164,20 @@ def prepare(args):
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = Batches(train, stats, args.batch_size, train=True, pad=data.pad, shown=True)
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
-    x, y = next(iter(test))
-    try:
-        accuracy(f, [(x[:1], y[:1])])
-    except RuntimeError as e:
-        hint = "try --image-size 32; " if args.dataset.startswith("folder:") else ""
-        raise InputError(f"{args.model} fails on images of {'x'.join(map(str, test.size[::-1]))}: {hint}{e}") from e
+    try_out(f, args.model, next(iter(test))[0][: min(map(len, chunks(train.y, train.batch_size)))])
     return f, train, test, build
+
+
+@torch.no_grad()
+def try_out(f, name, x):
+    """InputError if the network cannot train on a batch x, such as one of a single image, or of too small ones."""
+    rest, (n, _, h, w) = f.rest(), x.shape
+    try:
+        f.train().plain(f.vector(), x)
+    except (RuntimeError, ValueError) as e:
+        hint = "try a larger --image-size or --batch-size, or more images"
+        raise InputError(f"{name} fails on a batch of {n} images of {w}x{h}: {hint} ({e})") from e
+    f.restore(rest)
 
 
 class Plan(NamedTuple):
@@ -1142,10 +1224,13 @@ def run_command(args, plan):
     except KeyboardInterrupt:
         resume = " --resume" if (args.out / "checkpoint.pt").exists() else ""
         raise KeyboardInterrupt(args.command + resume) from None
+    finally:
+        run.close()
 
 
 def pipeline(run, args, plan):
     f, train, test, build = prepare(args)
+    run.on([train.fingerprint(), test.fingerprint()])
     init = given if build["affine"] else plan.draw  # Caltech-101's ResNet-50 is pretrained
     E_ft, later = args.finetune_epochs, " and ".join(str(round(args.finetune_epochs * t)) for t in args.milestones)
     print(
@@ -1172,6 +1257,7 @@ def pipeline(run, args, plan):
         # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
         mask = {"q": gem.q, "m": gem.m}[args.finetune_mask]
         found = {
+            "settings": run.settings,
             "model": args.model,
             "build": build,
             "mean": train.mean.cpu(),  # of the pixels, in 0..255: the networks take (image - mean) / std
@@ -1184,7 +1270,8 @@ def pipeline(run, args, plan):
         }
         run.save("gem.pt", found)
     else:
-        found = load(args.out / "gem.pt", args.device)
+        found = load_gem(args.out, f)
+        same_settings(run.settings, found.get("settings", {}), args.out / "gem.pt")
     w, mask = f.vector(found["initial"]), f.vector(found["mask"]).to(f.dtype)
     after = {n: t for n, t in found["gem"].items() if n not in f.weights}
 
@@ -1255,17 +1342,25 @@ def report(run, f, args, plan, mask, n_test):
             passed = acc - its > 3 * error
             result["checks"][name] = {"post_finetune_acc": its, "kept": row["q"], "passed": passed}
             print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {row['q']:>9,} weights  {'passed' if passed else 'NOT passed'}")
+    result["checksum"] = checksum(result, run.rows)
     run.save("result.json", json.dumps(result, indent=1) + "\n")
 
 
 def guarded(prog, work):
     """work(), and then an exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a log may not know every character of a folder's name
+        if stream:
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
             work()
-    except torch.OutOfMemoryError:
-        print(f"{CLEAR}{prog}: error: out of memory: try a smaller --batch-size", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{CLEAR}{prog}: error: out of memory: try a smaller --batch-size or --image-size", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # nobody reads our output any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{prog}: error: its output was closed: go on with --resume", file=sys.stderr)
         return 2
     except (InputError, FloatingPointError, ImportError, OSError) as e:
         print(f"{CLEAR}{prog}: error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)

@@ -915,7 +915,7 @@ def artefacts(out):
     result = json.loads((out / "result.json").read_text())
     for row in [*rows, result]:
         row.pop("seconds")
-    result.pop("command")
+    del result["command"], result["checksum"]
     return rows, result, torch.load(out / "gem.pt", weights_only=True)
 
 
@@ -1054,7 +1054,7 @@ def test_checkpoints_take_their_share_of_the_time_and_no_more(finished, pictures
         with pytest.raises(ZeroDivisionError):  # killed in the fifth epoch
             g.main(argv)
     assert rows == [1, 3]  # the first, and the end of mining
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 5
     assert g.main([*argv, "--resume"]) == 0
     assert rows[2:] == [4, 6, 9, 12, 15, 18]  # of this process the first; then, where a phase ends
     assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
@@ -1069,6 +1069,7 @@ def test_testing_less_often_changes_nothing_else(pictures, tmp_path, capsys):
     ]
     assert [{**row, "test_acc": 0} for row in less[0]] == [{**row, "test_acc": 0} for row in often[0]]
     assert less[1].pop("eval_every") == 2 and often[1].pop("eval_every") == 1
+    del often[2]["settings"]["eval_every"], less[2]["settings"]["eval_every"]
     assert same(often[1], less[1]) and same(often[2], less[2])
 
 
@@ -1148,7 +1149,7 @@ def refused(argv, capsys, *words):
         ("--model resnet21", ["resnet21", "vgg16"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
         ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
         ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8", "--image-size"]),
-        ("--dataset folder:", ["folder"]), ("--checks --finetune-epochs 0", ["--checks", "--finetune-epochs"]), ("--spar 0.1", ["--spar"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--lam 1e39", ["not finite"]),
+        ("--dataset folder:", ["folder"]), ("--checks --finetune-epochs 0", ["--checks", "--finetune-epochs"]), ("--spar 0.1", ["--spar"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--finetune-lr 1e9", ["not finite"]),
     ],
 )  # fmt: skip
 def test_bad_flags(flags, words, pictures, tmp_path, capsys, monkeypatch):
@@ -1236,9 +1237,9 @@ def test_too_little_memory_is_one_line(pictures, tmp_path, monkeypatch, capsys):
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     g.save(tmp_path / "a", "first")
     monkeypatch.setattr(g.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError):
+    with pytest.raises(g.InputError, match="cannot write .*/a"):
         g.save(tmp_path / "a", "second, cut short")
-    assert (tmp_path / "a").read_text() == "first"
+    assert (tmp_path / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_transfer_task_starts_from_pretrained_weights(tmp_path, monkeypatch):
@@ -1855,7 +1856,7 @@ def test_bad_flags_of_baselines(flags, words, pictures, tmp_path, capsys):
 
 def test_densities_of_another_network_are_refused(baselines_done, pictures, tmp_path, capsys):
     flags = f"sr --version 2 --from {baselines_done['snip']} --model resnet32"
-    refused_baseline(baseline(pictures, tmp_path / "run", flags), capsys, "another network")
+    refused_baseline(baseline(pictures, tmp_path / "run", flags), capsys, "not a gem of this network", str(baselines_done["snip"]))
 
 
 # --- baselines.py: the paper's tables and figures -------------------------------------------------------------
@@ -1946,8 +1947,15 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     for name in ("result.json", "log.jsonl"):  # damaged files are made again, without a new epoch
         (folder / name).write_text('{"epoch": ')
         assert b.main(argv) == 0 and capsys.readouterr().out == out
-    (folder / "result.json").write_text((folder / "result.json").read_text().replace('"milestones"', '"stones"'))
-    refused_baseline(argv, capsys, "milestones")
+    result = json.loads((folder / "result.json").read_text())
+    for key, value in (("post_finetune_acc", 99.9), ("bf16", True)):  # a digit that a bit flip changed; another run
+        (folder / "result.json").write_text(json.dumps(result | {key: value}))
+        assert b.main(argv) == 0 and capsys.readouterr().out == out
+    result.pop("checksum")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    result["milestones"] = [0.1]
+    (folder / "result.json").write_text(json.dumps(result | {"checksum": g.checksum(result, log)}))
+    refused_baseline(argv, capsys, "prospr", "milestones")
 
 
 def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_path, capsys):
