@@ -550,7 +550,9 @@ def parser():
     paper.add_argument("--dataset", default="cifar10", help="(default: cifar10)")
     paper.add_argument("--sparsity", action="append", type=gm.fraction)
     paper.add_argument("--dry-run", action="store_true", help="only list the runs, and their cost in epochs")
-    paper.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder of the runs (default: runs/paper)")
+    paper.add_argument(
+        "--out", type=gm.place, default=Path("runs/paper"), help="folder of the runs (default: runs/paper)"
+    )
     about = "what a step of training costs here, dense, mining and finetuning: a table in Markdown"
     speed = methods.add_parser("bench", help=about, description=about)
     speed.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
@@ -1062,6 +1064,7 @@ def costs(name, args):
     f = gm.Network(models.build(name, classes, image_size=side).to(args.device), args.bf16, args.compile)
     split = torch.randint(256, (k * size, side, side, 3), dtype=torch.uint8), torch.randint(classes, (k * size,))
     data = gm.Batches(gm.Split(*(t.to(args.device) for t in split)), ([127.5] * 3, [60.0] * 3), size, True, 4)
+    gm.try_out(f, name, next(iter(data))[0])
     w, state = draw(f, gm.signed_constant, 0), {}
     plain = copy.deepcopy(f.model).to(memory_format=torch.channels_last)
     call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain

@@ -835,12 +835,12 @@ def save(path, content):
 
 
 def load(path, device="cpu"):
-    """What save() wrote by torch.save; never executes code from the file."""
+    """The dict that save() wrote by torch.save; never executes code from the file."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load looks at no checksum
                 raise zipfile.BadZipFile
-        return torch.load(path, map_location=device, weights_only=True)
+        return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:  # torch.load raises a dozen types on damaged files
         raise InputError(f"{path} is damaged ({type(e).__name__}): choose another --out and start again") from e
 
@@ -850,7 +850,7 @@ def load_gem(folder, f):
     path, found = folder / "gem.pt", None
     if not path.is_file():
         raise InputError(f"there is no {path}: a run writes it when it has found what to keep")
-    with contextlib.suppress(AttributeError, KeyError, TypeError):
+    with contextlib.suppress(AttributeError, KeyError):
         found = load(path, f.device)
         if [(n, tuple(m.shape)) for n, m in found["mask"].items()] == list(zip(f.names, f.shapes)):
             return found
@@ -911,7 +911,7 @@ class Run:
             theirs, self.rows, self.phase, self.state = (saved[k] for k in ("settings", "rows", "phase", "state"))
             same_settings(self.settings, theirs, self.out)
             self.settings["images"] = theirs["images"]
-        except (AttributeError, KeyError, TypeError) as e:
+        except (AttributeError, KeyError) as e:
             raise InputError(f"{checkpoint} is not a checkpoint of this program: choose another --out") from e
 
     def on(self, images):

@@ -4,18 +4,25 @@
 Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
 """
 
+import argparse
 import ast
+import contextlib
 import copy
 import functools
 import io
 import json
 import math
+import os
 import pickle
+import random
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -1149,7 +1156,7 @@ def refused(argv, capsys, *words):
         ("--model resnet21", ["resnet21", "vgg16"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
         ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
         ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8", "--image-size"]),
-        ("--dataset folder:", ["folder"]), ("--checks --finetune-epochs 0", ["--checks", "--finetune-epochs"]), ("--spar 0.1", ["--spar"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--finetune-lr 1e9", ["not finite"]),
+        ("--dataset folder:", ["folder"]), ("--checks --finetune-epochs 0", ["--checks", "--finetune-epochs"]), ("--spar 0.1", ["--spar"]), ("--dataset folder:/nowhere", ["/nowhere", "train"]), ("--finetune-lr 1e9 --lam 0", ["not finite"]),
     ],
 )  # fmt: skip
 def test_bad_flags(flags, words, pictures, tmp_path, capsys, monkeypatch):
@@ -1856,7 +1863,9 @@ def test_bad_flags_of_baselines(flags, words, pictures, tmp_path, capsys):
 
 def test_densities_of_another_network_are_refused(baselines_done, pictures, tmp_path, capsys):
     flags = f"sr --version 2 --from {baselines_done['snip']} --model resnet32"
-    refused_baseline(baseline(pictures, tmp_path / "run", flags), capsys, "not a gem of this network", str(baselines_done["snip"]))
+    refused_baseline(
+        baseline(pictures, tmp_path / "run", flags), capsys, "not a gem of this network", str(baselines_done["snip"])
+    )
 
 
 # --- baselines.py: the paper's tables and figures -------------------------------------------------------------
@@ -2073,6 +2082,502 @@ def test_peak_is_the_most_that_is_held_at_a_time():
         return torch.ones(1_500_000)
 
     assert b.peak(work, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+# --- trust: numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:no weight is left")
+@pytest.mark.parametrize("seed", range(40))
+def test_algorithm_1_holds_on_any_network(seed):
+    """Random sizes (d from 1, layers of one weight), sparsities, periods, lambdas, steps; and scores that all tie."""
+    rng = random.Random(seed)
+    widths = [rng.choice((1, 1, 2, 3, 7)) for _ in range(rng.randint(2, 4))]
+    layers = [nn.Linear(a, b, bias=rng.random() < 0.5) for a, b in zip(widths, widths[1:])]
+    model, d = nn.Sequential(*layers).double(), sum(layer.weight.numel() for layer in layers)
+    E = rng.randint(1, 9)
+    T, n = rng.randint(1, E), rng.choice((1, d, rng.randint(1, d)))
+    data = torch.randn(6, widths[0], dtype=torch.float64), torch.randint(widths[-1], (6,))
+    seen, s = [], n / d
+    kw = dict(sparsity=s, epochs=E, period=T, lr=rng.choice((1e-3, 1.0, 1e3)), lam=rng.choice((0, 1e-4, 1.0, 1e6)))
+    if seed % 4:  # where all scores tie: at 0, at 1, at the threshold
+        p = torch.full((d,), (None, 0.0, 1.0, 0.5)[seed % 4], dtype=torch.float64)
+        g.mine(model, data, **kw, batch_size=3, on_epoch=lambda row, v, state: seen.append(copy.deepcopy(state)))
+        fresh = {**seen.pop(), "epoch": 0, "p": p, "q": torch.ones(d), "optimizer": g.sgd([p], 1.0).state_dict()}
+        kw, seen = {**kw, "state": fresh, "lam": 0, "lr": 1e-30}, []
+
+    def on_epoch(row, v, state):
+        assert torch.equal(v, state["w"] * state["m"]) and row["q"] == state["q"].sum() and row["m"] == state["m"].sum()
+        seen.append(copy.deepcopy(state))
+
+    gem = g.mine(model, data, **kw, batch_size=3, on_epoch=on_epoch)
+    before, last = torch.ones(d, dtype=torch.bool), T * (E // T)
+    for j, state in enumerate(seen, 1):
+        q, m, p = state["q"], state["m"], state["p"]
+        assert not (q & ~before).any() and torch.equal(m, q & (p >= 0.5)) and 0 <= p.min() and p.max() <= 1
+        assert q.sum() == (round(d * s ** (j / last)) if j % T == 0 else before.sum())
+        before = q
+    assert gem.q.sum() == n and torch.equal(gem.m, (gem.p >= 0.5) * gem.q) and torch.equal(gem.w, seen[0]["w"])
+    assert torch.equal(g.Network(model).vector(), gem.w * gem.m) and not model.training
+
+
+def test_an_absurd_lambda_is_survived_and_reported(pictures, tmp_path, capsys):
+    assert g.main(command(pictures, tmp_path, "--lam", "1000", "--finetune-mask", "m")) == 0
+    out, err = capsys.readouterr()
+    assert "r(p)*q 0)" in out and err.count("\n") == 1 and "lower lambda" in err
+    assert artefacts(tmp_path)[1]["post_finetune_acc"] == 50.0  # of two classes
+
+
+@pytest.mark.parametrize("flags", RUNS)
+def test_the_seed_fixes_every_method(flags, baselines_done, pictures, tmp_path):
+    one = artefacts(baselines_done[flags])[2]
+    for seed in (0, 1):
+        assert b.main([*baseline(pictures, tmp_path / str(seed), flags), "--seed", str(seed)]) == 0
+        other = artefacts(tmp_path / str(seed))[2]
+        for part in ("initial", "gem", "finetuned", "mask"):
+            assert same(one[part], other[part]) == (seed == 0 or (part == "mask" and flags == "dense"))
+
+
+# --- trust: any network ---------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Token and output embedding share a weight, and so do two layers; dropout, LayerNorm, biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.drop, self.norm, self.out = nn.Dropout(0.2), nn.LayerNorm(6), nn.Linear(6, 7)
+        self.b.weight, self.out.weight = self.a.weight, self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x.flatten(1).abs().long() % 7).mean(1)
+        return self.out(self.drop(self.norm(self.b(self.a(x).relu()))))
+
+
+def conv(kind, dims):
+    layers = [kind(3, 4, 3, padding=1), getattr(nn, f"BatchNorm{dims}d")(4), nn.ReLU(), kind(4, 4, 3, groups=2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+
+
+NETWORKS = {  # what it is: (the network, the shape of its input, its tensors of weights)
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), (3, 32, 32), 21),
+    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=3), (3, 32, 32), 54),
+    "vit": (lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3), (3, 8, 8), 8),
+    "tied": (Tied, (9,), 2),
+    "conv1d": (lambda: conv(nn.Conv1d, 1), (3, 6), 3),
+    "conv3d": (lambda: conv(nn.Conv3d, 3), (3, 4, 4, 4), 3),
+    "transposed": (lambda: conv(nn.ConvTranspose2d, 2), (3, 4, 4), 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no weight is left", "ignore:Lazy modules")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_others_are_mined_and_finetuned(name):
+    build, shape, tensors = NETWORKS[name]
+    torch.manual_seed(0)
+    model, x, y = build(), 3 * torch.randn(16, *shape), torch.randint(3, (16,))
+    model(x)  # a lazy layer takes its shape
+    f, steps = g.Network(model), []
+    assert len(f.names) == tensors and f.d < sum(p.numel() for p in model.parameters())  # the shared ones once
+    for u in f.views(g.signed_constant(f)).values():
+        assert torch.allclose(u.abs(), torch.tensor((2 / u[0].numel()) ** 0.5))
+    for training in (True, False):  # the function is the module, in either mode
+        f.train(training)
+        outputs = []
+        for call in (lambda model: model(x), lambda model: g.Network(model)(f.vector(), x)):
+            torch.manual_seed(1)
+            outputs.append(call(copy.deepcopy(model)))
+        assert torch.allclose(*outputs, atol=1e-4)
+
+    others = {n: t.clone() for n, t in model.named_parameters() if all(t is not w for w in f.weights.values())}
+    gem = g.mine(f, (x, y), sparsity=0.25, epochs=3, lr=0.5, batch_size=8)
+    assert gem.q.sum() == round(0.25 * f.d) and torch.equal(f.vector(), gem.w * gem.m) and not model.training
+    assert all(torch.equal(model.get_parameter(n), t) for n, t in others.items())  # mining trains nothing
+
+    def schedule(lr, j, E):
+        steps.append(j)
+        return lr / j
+
+    def rmsprop(params, lr):
+        return torch.optim.RMSprop(params, lr, weight_decay=1e-3)
+
+    for kw in ({}, {"optimizer": rmsprop, "schedule": schedule, "lr": 1e-3}):  # and under one's own optimizer
+        v = g.finetune(f, gem.w, gem.q, (x, y), epochs=2, batch_size=8, **kw)
+        assert torch.equal(f.vector(), v) and not v[gem.q == 0].any() and not torch.equal(v, gem.w * gem.q)
+    assert set(steps) == {1, 2}
+    assert any(not torch.equal(model.get_parameter(n), t) for n, t in others.items())  # biases and norms are trained
+    before = g.accuracy(model, (x, y))
+    assert before == g.accuracy(f, (x, y), v) == g.accuracy(model, (x, y))  # dropout is off
+
+
+# --- trust: bad input -----------------------------------------------------------------------------------------
+
+WRONG = ["", " ", "abc", "0", "-1", "2.5", "1e400", "-inf", "nan", "1" * 400, "1e99", "½", "\udcff", "x" * 300]
+
+
+def flags_with_values(cli):
+    """{flag: action} of a parser and of its subparsers'."""
+    found = {}
+    for action in cli._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                found |= {(name, *key): a for key, a in flags_with_values(sub).items()}
+        elif action.option_strings and action.nargs is None:
+            found[action.option_strings[0],] = action
+    return found
+
+
+CASES = [(g, key) for key in flags_with_values(g.parser())] + [(b, key) for key in flags_with_values(b.parser())]
+CASES = list({(module, key[-1]): (module, key) for module, key in CASES}.values())  # of a flag of many methods, one
+
+
+@pytest.mark.parametrize("module, key", CASES, ids=lambda c: " ".join(c) if isinstance(c, tuple) else None)
+def test_wrong_values_are_refused_in_one_line(module, key, tmp_path, capsys, monkeypatch):
+    """Each flag of both scripts with WRONG values: what is not refused at once stops before the data are read."""
+
+    def accepted(*_):
+        raise g.InputError("accepted")
+
+    for owner, name in ((g, "load_data"), (b, "completed"), (b, "costs")):
+        monkeypatch.setattr(owner, name, accepted)
+    monkeypatch.chdir(tmp_path)
+    start = [*key[:-1], *(["table3"] if key[0] == "paper" else [])]
+    for i, words in enumerate([[key[-1]], [f"{key[-1]}="], *([key[-1], value] for value in WRONG)]):
+        more = ["--out", f"out{i}"] if key[0] not in ("bench", "paper") and key[-1] != "--out" else []
+        assert module.main([*start, *more, *words]) == 2, words
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith((b if module is b else g).__name__) and ".py: error: " in err, (
+            err
+        )
+        accepts = set(WRONG) - {""} if key[-1] in ("--out", "--data-dir") else {"0", "2.5"}
+        assert "accepted" not in err or words[-1] in accepts or key[-1] == "--from", err
+
+
+@pytest.mark.parametrize("flags", [
+    "--lr 1e9", "--lr 1e-300", "--lam 1e9", "--lam 1e-300", "--finetune-lr 1e9", "--finetune-lr 1e-300", "--sparsity 4e-6", "--sparsity 1",
+    "--batch-size 1", "--batch-size 1000000000", "--eval-every 1000000000", "--seed 1000000000", "--image-size 1", "--image-size 2 --batch-size 1",
+    "--optimizer adam --lr 1e9", "--rounding random --lam 1e9", "--bf16 --finetune-lr 1e9", "--penalty l1 --lam 1e9", "--finetune-mask m --lam 1e9",
+])  # fmt: skip
+def test_extreme_values_end_in_a_result_or_in_one_line(flags, pictures, tmp_path, capsys):
+    code, err = g.main(command(pictures, tmp_path, "--epochs", "1", *flags.split())), capsys.readouterr().err
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert (code, len(lines)) == (0, 0) or (code, len(lines)) == (2, 1) and lines[0].startswith("gem_miner.py: error: ")
+    assert (code == 0) == (tmp_path / "result.json").exists()
+
+
+class Evil:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def damages(content, evil, seed=0, flips=12):
+    """{what was done: what then stands in the place of the file `content`}."""
+    rng, zipped = random.Random(seed), io.BytesIO()
+    torch.save({"settings": Evil(evil)}, zipped)
+    yield from {
+        "emptied": b"",
+        "text": b"no such thing",
+        "pickle": pickle.dumps(Evil(evil)),
+        "zip": zipped.getvalue(),
+    }.items()
+    for name, other in {
+        "list": [1, 2],
+        "tensor": torch.ones(3),
+        "dict": {"mask": 1, "rows": 2, "settings": 3, "phase": 4, "state": 5},
+    }.items():
+        torch.save(other, buffer := io.BytesIO())
+        yield name, buffer.getvalue()
+    picture(0).save(buffer := io.BytesIO(), "PNG")
+    yield "picture", buffer.getvalue()
+    yield "folder", None
+    for _ in range(flips):
+        i = rng.randrange(len(content))
+        yield f"cut at {i}", content[:i]
+        yield f"flipped at {i}", content[:i] + bytes([content[i] ^ 1 << rng.randrange(8)]) + content[i + 1 :]
+
+
+def put(path, content):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "gem.pt", "source/gem.pt"])
+def test_damaged_files_of_a_run_are_named_and_never_executed(
+    name, finished, baselines_done, pictures, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished, tmp_path / "source")
+    path, evil, survived = (tmp_path / name if "/" in name else tmp_path / "run" / name), tmp_path / "evil", []
+    main, argv = g.main, [*command(pictures, tmp_path / "run"), "--resume"]
+    if "/" in name:
+        main, argv = b.main, baseline(pictures, tmp_path / "sr", f"sr --version 2 --from {path.parent}")
+    content = path.read_bytes()
+    for what, damaged in damages(content, evil, flips=60 if name == "checkpoint.pt" else 8):
+        put(path, damaged)
+        if main(argv) == 0:
+            survived.append(what)
+            shutil.rmtree(tmp_path / "sr", ignore_errors=True)
+            capsys.readouterr()
+        else:
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and (name in err or "nothing to resume" in err) and "error: " in err, (
+                what,
+                err,
+            )
+            assert not evil.exists() and (path.is_dir() or path.read_bytes() == damaged)
+    assert all(what.startswith("flipped") for what in survived) and len(survived) < 4  # in bytes that mean nothing
+    put(path, content)
+    assert main(argv) == 0 and all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(finished)))
+
+
+@pytest.mark.parametrize(
+    "ending, more", [("png", {}), ("jpg", {}), ("bmp", {}), ("webp", {}), ("tiff", {"compression": "tiff_lzw"})]
+)
+def test_damaged_pictures_are_named(ending, more, tmp_path):
+    make_folder(tmp_path, train=2, test=1)
+    path = tmp_path / "train" / "cat" / f"damaged.{ending}"
+    picture(1).save(path, **more)
+    content, named = path.read_bytes(), 0
+    for what, damaged in damages(content, tmp_path / "evil", flips=40):
+        if damaged is None:
+            continue  # a folder among the pictures is no picture
+        path.write_bytes(damaged)
+        try:  # a flipped bit may well be another picture
+            assert g.load_data(f"folder:{tmp_path}", None, 8).train.x.shape == (5, 8, 8, 3)
+        except g.InputError as e:
+            named += 1
+            assert str(path) in str(e) and "remove it" in str(e)
+    assert named > 8 and not (tmp_path / "evil").exists()
+
+
+def test_damaged_data_sets_are_named(tmp_path, monkeypatch):
+    cls, asked = torchvision.datasets.CIFAR10, no_network(monkeypatch)
+    cifar_archive(tmp_path / cls.filename, cls, monkeypatch)
+    content = (tmp_path / cls.filename).read_bytes()
+    for what, damaged in damages(content, tmp_path / "evil"):
+        shutil.rmtree(tmp_path / cls.base_folder, ignore_errors=True)
+        put(tmp_path / cls.filename, damaged)
+        with pytest.raises(g.InputError, match=f"{cls.filename}.*by hand"):
+            g.load_data("cifar10", tmp_path)
+    assert asked and not (tmp_path / "evil").exists()
+    put(tmp_path / cls.filename, content)
+    g.load_data("cifar10", tmp_path)
+    (tmp_path / cls.filename).unlink()
+    for file in sorted((tmp_path / cls.base_folder).iterdir()):
+        content = file.read_bytes()
+        for what, damaged in damages(content, tmp_path / "evil", flips=2):
+            put(file, damaged)
+            with pytest.raises(g.InputError, match=f"{cls.filename}.*by hand"):
+                g.load_data("cifar10", tmp_path)
+        put(file, content)
+    g.load_data("cifar10", tmp_path)
+
+    home = make_folder(tmp_path / "tiny-imagenet-200", size=(64, 64))
+    labels = home / "val" / "val_annotations.txt"
+    (home / "val" / "images").mkdir(parents=True)
+    picture(0, (64, 64)).save(home / "val" / "images" / "val_0.JPEG")
+    for damaged in (b"\xff\xfe\x00", b"val_0.JPEG", b"val_0.JPEG\tcow\t0", b"\n", b"val_1.JPEG\tcat\n", None):
+        shutil.rmtree(labels) if labels.is_dir() else labels.unlink(missing_ok=True)
+        labels.mkdir() if damaged is None else labels.write_bytes(damaged)
+        with pytest.raises((g.InputError, OSError), match="val_annotations|val_1"):
+            g.load_data("tinyimagenet", tmp_path)
+    labels.rmdir()
+    labels.write_text("val_0.JPEG\tcat\t0")
+    assert len(g.load_data("tinyimagenet", tmp_path).test.y) == 1
+
+
+def test_too_little_data_is_refused(tmp_path, capsys):
+    make_folder(tmp_path / "one", classes=["cat"])
+    refused(command(tmp_path / "one", tmp_path / "a"), capsys, "'cat'", "tell apart")
+    make_folder(tmp_path / "few", train=2, test=1)
+    refused(command(tmp_path / "few", tmp_path / "b", "--val"), capsys, "4 training images are too few")
+    refused_baseline(baseline(tmp_path / "few", tmp_path / "c", "sr --version 4 --trials 1"), capsys, "too few")
+    make_folder(tmp_path / "tiny", train=3, test=1, size=(4, 4))
+    words = ["a batch of 1 images of 4x4", "--batch-size"]
+    refused(command(tmp_path / "tiny", tmp_path / "d", "--batch-size", "1"), capsys, *words)
+    refused_baseline("bench --model resnet50 --batch-size 1 --rounds 1 --dataset cifar10".split(), capsys, "batch of 1")
+
+
+def test_a_run_on_other_images_is_not_continued(pictures, tmp_path, monkeypatch, capsys):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    argv = command(tmp_path / "pictures", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert g.main(argv) == 130
+    path = tmp_path / "pictures" / "train" / "cat" / "000.png"
+    content = path.read_bytes()
+    for change in (path.unlink, lambda: picture(77).save(path), lambda: path.rename(path.parents[1] / "dog" / "x.png")):
+        change()
+        refused([*argv, "--resume"], capsys, "other images")
+        path.write_bytes(content)
+    (path.parents[1] / "dog" / "x.png").unlink()
+    assert g.main([*argv, "--resume"]) == 0
+
+
+# --- trust: faults --------------------------------------------------------------------------------------------
+
+
+def script(name, *argv, **kw):
+    """The command line, in a process of its own."""
+    return subprocess.Popen([sys.executable, HERE / name, *map(str, argv)], text=True, stderr=subprocess.PIPE, **kw)
+
+
+KILLED_INSIDE = """
+import os, signal, sys, threading
+import gem_miner as g, baselines
+signals, where, n, prog, *argv = sys.argv[1:]
+left = int(n)
+
+def kill(*_):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), int(signals))
+        threading.Event().wait(0.5)  # SIGINT becomes KeyboardInterrupt here
+
+if where == "freezing":
+    freeze = g.freeze
+    g.freeze = lambda *a: kill() or freeze(*a)
+else:  # with half of a file written
+    write = g.Path.write_bytes
+    g.Path.write_bytes = lambda path, content: write(path, content[: len(content) // 2]) and kill() or write(path, content)
+sys.argv = [prog, *argv]
+sys.exit({"gem_miner.py": g, "baselines.py": baselines}[prog].main())
+"""
+
+
+def stress(home, prog, argv, outs, kills, rng):
+    """Run `prog argv` undisturbed, then killed at random moments and resumed; both must leave the same.
+
+    outs: the folders of its runs, below --out. Half of the kills come from outside, at any time; the others are while
+    scores are frozen, or while a file is half written. Returns how many processes died of it.
+    """
+    shutil.rmtree(home, ignore_errors=True)
+    start = time.monotonic()
+    quiet = dict(cwd=HERE, stdout=subprocess.PIPE)
+    process = script(prog, *argv, "--out", home / "calm", **quiet)
+    shown = process.communicate()[0]
+    assert process.returncode == 0
+    lasts, died, resume = time.monotonic() - start, 0, []
+    while True:
+        sign = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        last = [*argv, "--out", home / "killed", *resume]
+        if died >= kills:
+            process = script(prog, *last, **quiet)
+        elif rng.random() < 0.5:
+            process = script(prog, *last, **quiet)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.05, 0.6) * lasts)
+            process.send_signal(sign)
+        else:
+            where, n = rng.choice((("freezing", 1), ("freezing", 2), ("saving", rng.randint(1, 6))))
+            words = [sys.executable, "-c", KILLED_INSIDE, int(sign), where, n, prog, *last]
+            process = subprocess.Popen([*map(str, words)], text=True, stderr=subprocess.PIPE, **quiet)
+        ours, err = process.communicate()
+        died += process.returncode != 0
+        begun = list((home / "killed").rglob("checkpoint.pt"))
+        resume = ["--resume"] if begun and argv[0] != "paper" else []
+        if process.returncode == 0:
+            if died >= kills:
+                break
+            shutil.rmtree(home / "killed")  # it got through: once more
+            resume = []
+        elif sign == signal.SIGINT and process.returncode == 130:
+            assert err.strip().splitlines()[-1].startswith("interrupted"), err
+        else:  # the signal itself, or (SIGINT) while Python was starting
+            assert process.returncode == -sign or (sign == signal.SIGINT and not begun), (process.returncode, err)
+    for out in outs(home / "calm"):
+        twin = home / "killed" / out.relative_to(home / "calm")
+        assert all(same(a, b) for a, b in zip(artefacts(out), artefacts(twin))), out
+        keys = [(row["phase"], row.get("stage"), row["epoch"]) for row in artefacts(twin)[0]]
+        assert len(keys) == len(set(keys))  # no row twice; none is missing, since they are the same
+    if argv[0] == "paper":
+        assert ours == shown
+    return died
+
+
+def stressed(data, epochs, batch_size):
+    common = ["--dataset", data, "--batch-size", batch_size]
+    whole = lambda out: [out]  # noqa: E731
+    runs = lambda out: [p.parent for p in out.rglob("result.json")]  # noqa: E731
+    return {
+        "gem-miner": ("gem_miner.py", [*common, *"--sparsity 0.1 --lr 0.5 --checks --epochs".split(), epochs], whole),
+        "imp": (
+            "baselines.py",
+            ["imp", *common, *"--sparsity 0.5 --round-epochs 1 --rewind 3 --epochs".split(), epochs],
+            whole,
+        ),
+        "paper": ("baselines.py", ["paper", "table2", *common, "--epochs", epochs], runs),
+    }
+
+
+@pytest.mark.parametrize("name", ["gem-miner", "imp", "paper"])
+def test_killed_runs_resume_to_the_same_bits(name, pictures, tmp_path):
+    prog, argv, outs = stressed(f"folder:{pictures}", 2, 8)[name]
+    assert stress(tmp_path / "runs", prog, argv, outs, 2, random.Random(name)) >= 2
+
+
+@pytest.mark.skipif("STRESS" not in os.environ, reason="takes an hour: STRESS=1 pytest -k on_shapes")
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["gem-miner", "imp", "paper"])
+def test_killed_runs_on_shapes_resume_to_the_same_bits(name, seed, tmp_path):
+    """54 kills."""
+    prog, argv, outs = stressed("shapes", 2, 300)[name]
+    assert stress(tmp_path / "runs", prog, argv, outs, 9, random.Random(f"{name} {seed}")) >= 9
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(finished, pictures, tmp_path):
+    resource = pytest.importorskip("resource")
+    argv = command(pictures, tmp_path / "run", "--lam", "0", "--finetune-epochs", "1")
+    limit = (finished / "gem.pt").stat().st_size - 600_000  # too small for all that the run has in the end
+    first = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), cwd=HERE)
+    process = script("gem_miner.py", *argv, stdout=subprocess.DEVNULL, **first)
+    err = process.communicate()[1]
+    assert process.returncode == 2 and err.count("\n") == 1 and "cannot write" in err and "--resume" in err, err
+    assert not list((tmp_path / "run").glob("*.part"))
+    process = script("gem_miner.py", *argv, "--resume", stdout=subprocess.DEVNULL, cwd=HERE)
+    assert process.communicate() == (None, "") and process.returncode == 0
+    assert g.main(command(pictures, tmp_path / "calm", *argv[-4:])) == 0
+    assert all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), artefacts(tmp_path / "calm")))
+
+
+def test_a_folder_that_vanishes_is_one_line(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(g.Run, "show", lambda self, *_: shutil.rmtree(self.out, ignore_errors=True))
+    refused(command(pictures, tmp_path / "run", "--lam", "0"), capsys, "cannot write", "No such file")
+
+
+def test_the_second_process_in_a_folder_is_refused(finished, pictures, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    argv, before = command(pictures, tmp_path / "run", "--checks", "--resume"), artefacts(tmp_path / "run")
+    code = f"import gem_miner as g, sys\ng.pipeline = lambda *_: print('in', flush=True) or sys.stdin.read()\nsys.exit(g.main({argv}))"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "in\n"
+        refused(argv, capsys, "another process", "run")
+        other.kill()  # which frees the folder
+    assert g.main(argv) == 0 and all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), before))
+
+
+def test_output_that_nobody_reads_is_one_line(pictures, tmp_path):
+    process = script("gem_miner.py", *command(pictures, tmp_path / "run"), stdout=subprocess.PIPE, cwd=HERE)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 2 and err.count("\n") == 1 and "--resume" in err, err
+
+
+def test_names_that_the_terminal_cannot_show_are_no_fault(pictures, tmp_path):
+    out = tmp_path / "r\u00fcn\udcff"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    argv = command(pictures, out, "--epochs", "1")
+    process = subprocess.run([sys.executable, HERE / "gem_miner.py", *argv], capture_output=True, cwd=HERE, env=env)
+    assert process.returncode == 0 and b"r\\xfcn\\udcff" in process.stdout and not process.stderr
 
 
 # --- for one's own network; the README ------------------------------------------------------------------------
