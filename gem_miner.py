@@ -1353,6 +1353,7 @@ def guarded(prog, work):
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
             work()
     except (torch.OutOfMemoryError, MemoryError):
