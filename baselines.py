@@ -571,6 +571,15 @@ def prepared(argv):
         args = gm.complete(gm.read(gm.parser(), argv[1:]))
         return args, gm.plan(args)
     args = gm.read(parser(), argv)
+    idle = []  # flags that would change nothing
+    if args.method == "sr":
+        versions = {"--from": (2, 4, 5, 6), "--lr": (5, 6), "--trials": (4, 6), "--round-epochs": (4, 6)}
+        idle = [flag for flag, those in versions.items() if args.version not in those]
+    elif args.method == "ep" and not (args.gradual or args.regularize):
+        idle = ["--period"]
+    for word in argv:
+        if word.split("=")[0] in idle:
+            raise gm.InputError(f"{word} changes nothing in this {args.method}: leave it out")
     if args.method == "dense":
         args.sparsity = 1.0
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
@@ -635,7 +644,7 @@ def densities(args, f):
 
 def densities_of(folder, f):
     """The fraction that the run in `folder` keeps of each layer of f."""
-    return [m.double().mean().item() for m in gm.load_gem(folder, f)["mask"].values()]
+    return [m.count_nonzero().item() / m.numel() for m in gm.load_gem(folder, f)["mask"].values()]
 
 
 def source(args):
@@ -1064,7 +1073,7 @@ def costs(name, args):
     f = gm.Network(models.build(name, classes, image_size=side).to(args.device), args.bf16, args.compile)
     split = torch.randint(256, (k * size, side, side, 3), dtype=torch.uint8), torch.randint(classes, (k * size,))
     data = gm.Batches(gm.Split(*(t.to(args.device) for t in split)), ([127.5] * 3, [60.0] * 3), size, True, 4)
-    gm.try_out(f, name, next(iter(data))[0])
+    gm.try_out(f, name, next(iter(data))[0][:2])
     w, state = draw(f, gm.signed_constant, 0), {}
     plain = copy.deepcopy(f.model).to(memory_format=torch.channels_last)
     call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain

@@ -208,7 +208,8 @@ def freeze(p, q, n_keep, invert=False):
     n = len(scores) - n_keep
     if n <= 0:
         return q
-    threshold = scores.kthvalue(n).values                                      # line 12, without sorting all of them
+    able = scores.cpu() if scores.is_mps else scores                           # not every MPS has kthvalue
+    threshold = able.kthvalue(n).values.to(scores.device)                      # line 12, without sorting all of them
     bottom = scores < threshold                                                # lines 13-14
     # Many scores are exactly 0. Ties are broken at random; by position, they would empty the first layers first.
     order = torch.randperm(len(scores), device=scores.device)
@@ -577,7 +578,7 @@ class Batches:
 
     def fingerprint(self):
         """Numbers that tell these images and labels from others."""
-        return [*self.x.shape, self.x.sum(dtype=torch.int64).item(), self.y.cumsum(0).sum().item()]
+        return [*self.x.shape, self.x.cpu().sum(dtype=torch.int64).item(), self.y.cpu().cumsum(0).sum().item()]
 
     def __iter__(self):
         # All random draws of an epoch are made at once and on the CPU, so that a seed means the same everywhere.
@@ -896,12 +897,11 @@ class Run:
         except OSError as e:
             raise InputError(f"cannot write to {out} ({e.strerror}): choose another --out") from e
         try:
-            if fcntl:  # one process at a time; the lock ends with the process, however that ends
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
+            self.take()
+            self.save("log.jsonl", self.log())  # on resuming, the file may differ from the checkpoint
+        except InputError:
             self.close()
-            raise InputError(f"another process is at work in {out}: wait for it, or choose another --out") from e
-        self.save("log.jsonl", self.log())  # on resuming, the file may differ from the checkpoint
+            raise
 
     def continue_from(self, checkpoint, device):
         if not checkpoint.is_file():
@@ -919,8 +919,17 @@ class Run:
         if self.settings.setdefault("images", images) != images:
             raise InputError(f"{self.out} holds a run on other images than are there now: choose another --out")
 
+    def take(self):
+        """Keep other processes out of the folder until close(), or the end of this process, however that comes."""
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"another process is at work in {self.out}: wait, or choose another --out") from e
+        except OSError:  # some file systems have no locks
+            pass
+
     def close(self):
-        """Let another process have the folder."""
         if self.lock is not None:
             os.close(self.lock)
 
@@ -1164,7 +1173,7 @@ def prepare(args):
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = Batches(train, stats, args.batch_size, train=True, pad=data.pad, shown=True)
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
-    try_out(f, args.model, next(iter(test))[0][: min(map(len, chunks(train.y, train.batch_size)))])
+    try_out(f, args.model, next(iter(test))[0][: min(2, *map(len, chunks(train.y, train.batch_size)))])
     return f, train, test, build
 
 
@@ -1232,7 +1241,10 @@ def pipeline(run, args, plan):
     f, train, test, build = prepare(args)
     run.on([train.fingerprint(), test.fingerprint()])
     init = given if build["affine"] else plan.draw  # Caltech-101's ResNet-50 is pretrained
-    E_ft, later = args.finetune_epochs, " and ".join(str(round(args.finetune_epochs * t)) for t in args.milestones)
+    E_ft, later = (
+        args.finetune_epochs,
+        " and ".join(str(max(1, round(args.finetune_epochs * t))) for t in args.milestones),
+    )
     print(
         f"{args.method:<10} {args.model}, d = {f.d:,}; keep {round(args.sparsity * f.d):,} weights"
         f" ({100 * args.sparsity:g}%)\n"

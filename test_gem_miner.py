@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of all three files: offline, on the CPU, in about three minutes on two cores.
+"""Tests of all three files: offline, on the CPU, in about four minutes on two cores.
 
 Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
 """
@@ -556,6 +556,10 @@ def test_schedules_end_where_they_should():
     )
     rates = [g.multistep(0.01, j, 150) for j in range(1, 151)]
     assert [sum(math.isclose(v, r) for v in rates) for r in (0.01, 0.001, 0.0001)] == [80, 40, 30]
+    assert [g.multistep(1.0, j, 2, (0.1, 0.8)) for j in (1, 2)] == pytest.approx(
+        [1.0, 0.1]
+    )  # one epoch in full at least
+    assert g.multistep(1.0, 1, 1, (0.1, 0.8)) == 1.0
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
     for j in range(1, 31):
@@ -1855,7 +1859,7 @@ def refused_baseline(argv, capsys, *words):
     ("imp --rewind 9 --round-epochs 2 --sparsity 0.8", ["step 9", "has 8"]), ("imp --rewind -1", ["--rewind"]), ("dense --checks", ["--checks"]), ("lrr --checks", ["--checks"]),
     ("sr --version 7", ["--version"]), ("sr --sparsity 1e-4", ["30%", "above 0.00014"]), ("sr --version 2 --from /nowhere", ["/nowhere", "gem.pt"]),
     ("ep --lam 1", ["--lam"]), ("snip --rewind 3", ["--rewind"]), ("nonsense", ["nonsense"]), ("snip --sparsity 2", ["KEPT"]), ("snip --resume", ["nothing to resume"]),
-    ("sr --trials 0", ["--trials"]), ("ep --period 9 --gradual", ["--period 9"]), ("random --sparsity 1e-9", ["1e-09"]),
+    ("sr --trials 0", ["--trials"]), ("sr --lr=1", ["--lr=1 changes nothing"]), ("sr --version 3 --from x", ["--from"]), ("ep --global --period 1", ["--period"]), ("ep --period 9 --gradual", ["--period 9"]), ("random --sparsity 1e-9", ["1e-09"]),
 ])  # fmt: skip
 def test_bad_flags_of_baselines(flags, words, pictures, tmp_path, capsys):
     refused_baseline(baseline(pictures, tmp_path / "run", flags), capsys, *words)
@@ -1924,6 +1928,8 @@ def test_all_numbers_of_a_command_scale_with_the_epochs(capsys):
     assert "--epochs 400 --period 20 --finetune-epochs 20" in listed("table4", "--epochs", "20")
     out = listed("fig10", "--epochs", "75", "--sparsity", "0.0144", "--bf16")
     assert "--round-epochs 4 --rewind 500" in out and "--rewind 500" in out and out.count("--bf16") >= 5
+    out = listed("table4", "--dataset", "shapes")  # whose own epochs are 10
+    assert "--epochs 200 --period 10 --finetune-epochs 10" in out and "| 5 runs" not in out and "--rewind 67" in out
     assert "--rewind 2000" in listed("fig3", "--model", "vgg16") and "--epochs" not in listed("fig3")
     assert "--trials 19" in listed("table16", "--epochs", "20") and "--sparsity 0.2" in listed(
         "table2", "--sparsity", "0.2"
