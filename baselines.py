@@ -584,6 +584,8 @@ def prepared(argv):
         args.sparsity = 1.0
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
         args.finetune_lr = 0.01 if args.method == "ep" and args.model != "resnet20" else 0.1
+    if args.finetune_schedule is None and args.method == "ep" and args.model == "resnet20":
+        args.finetune_schedule = "cosine"
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
@@ -598,7 +600,7 @@ def prepared(argv):
 def plan(args):
     """A method as gem_miner.run_command needs it."""
     name, s, text, draws = args.method, args.sparsity, METHODS[args.method], gm.kaiming_normal
-    training = dict(lr=args.finetune_lr, schedule=functools.partial(gm.multistep, milestones=args.milestones))
+    training = dict(lr=args.finetune_lr, schedule=gm.finetune_schedule(args))
     if name in SCORES:
         epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
         checks = {"dense": (), "random": ("shuffle", "reinit")}.get(name, ("shuffle", "reinit", "invert"))
@@ -615,7 +617,7 @@ def plan(args):
         text += f", {args.epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
         text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
         find = functools.partial(edge_popup, sparsity=s, lr=args.lr, **variant)
-        return gm.Plan(find, args.epochs, text, schedule=gm.cosine if args.model == "resnet20" else None)
+        return gm.Plan(find, args.epochs, text)
     start = functools.partial(densities, args)
     if args.version == 4:
         find = functools.partial(smart_ratio_search, densities=start, trials=args.trials, **training)

@@ -1066,6 +1066,9 @@ def flags_of_all_methods(cli):
     g.add_argument("--batch-size", type=count)
     g.add_argument("--finetune-epochs", type=natural, help="0: only search (default: as --epochs)")
     g.add_argument("--finetune-lr", type=rate)
+    g.add_argument(
+        "--finetune-schedule", choices=("multistep", "cosine"), help="(default: multistep; ep on ResNet-20: cosine)"
+    )
     g.add_argument("--checks", action="store_true", help="run the sanity checks of section 4 as well")
     g = cli.add_argument_group("where and how")
     g.add_argument("--out", type=place, help="folder of the run (default: under runs/)")
@@ -1125,6 +1128,7 @@ def complete(args):
     if args.checks and not args.finetune_epochs:
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
     args.milestones = [t / paper.epochs for t in paper.milestones]
+    args.finetune_schedule = args.finetune_schedule or "multistep"
     args.defaults = f"{paper.model} on {paper.dataset} at {100 * paper.sparsity:g}%"
     hardware(args)
     if args.out is None:
@@ -1196,7 +1200,6 @@ class Plan(NamedTuple):
     epochs: int  # how many of them that takes
     text: str  # what it does, for the head of a run
     draw: object = signed_constant  # w from a Network
-    schedule: object = None  # of finetuning; default: multistep at the paper's milestones
     checks: tuple = ("shuffle", "reinit", "invert")  # those of section 4 that make sense
 
     def cost(self, args):
@@ -1217,6 +1220,10 @@ def plan(args):
         f" lambda {args.lam:g} ({args.penalty}); keeps {args.finetune_mask}"
     )
     return Plan(find, args.epochs, text)
+
+
+def finetune_schedule(args):
+    return cosine if args.finetune_schedule == "cosine" else functools.partial(multistep, milestones=args.milestones)
 
 
 def settings(args):
@@ -1253,7 +1260,7 @@ def pipeline(run, args, plan):
         f"defaults   those of {args.defaults}\n"
         f"search     {plan.text}\n"
         f"finetuning {E_ft} epochs; sgd, lr {args.finetune_lr:g},"
-        f" {'cosine' if plan.schedule else 'a tenth after ' + later}\n"
+        f" {'cosine' if args.finetune_schedule == 'cosine' else 'a tenth after ' + later}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
         f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
     )
@@ -1261,7 +1268,6 @@ def pipeline(run, args, plan):
         run.show(row, f.d)
     run.remaining = plan.cost(args)
     search = dict(data=train, test=test, epochs=plan.epochs, init=init, seed=args.seed)
-    schedule = plan.schedule or functools.partial(multistep, milestones=args.milestones)
     before = f.rest()
     gem = run.do("mine", plan.find, f, **search)
     if gem:
@@ -1290,8 +1296,8 @@ def pipeline(run, args, plan):
     def retrain(phase, w, mask):
         f.restore(after)
         return run.do(
-            phase, finetune, f, w, mask, data=train, test=test, epochs=E_ft, lr=args.finetune_lr, schedule=schedule,
-            seed=args.seed,
+            phase, finetune, f, w, mask, data=train, test=test, epochs=E_ft, lr=args.finetune_lr,
+            schedule=finetune_schedule(args), seed=args.seed,
         )  # fmt: skip
 
     def keep(**parts):

@@ -1110,7 +1110,9 @@ def test_every_flag_of_mining_changes_the_mining(flags, finished, pictures, tmp_
     assert not same(file["scores"], artefacts(finished)[2]["scores"])
 
 
-@pytest.mark.parametrize("flags", ["--finetune-mask m", "--finetune-epochs 2", "--finetune-lr 0.2"])
+@pytest.mark.parametrize(
+    "flags", ["--finetune-mask m", "--finetune-epochs 2", "--finetune-lr 0.2", "--finetune-schedule cosine"]
+)
 def test_every_flag_of_finetuning_changes_the_finetuning_alone(flags, finished, pictures, tmp_path):
     assert g.main(command(pictures, tmp_path / "run", *flags.split())) == 0
     file, base = artefacts(tmp_path / "run")[2], artefacts(finished)[2]
@@ -1134,7 +1136,7 @@ def test_the_other_flags_do_something(pictures, tmp_path, monkeypatch, capsys):
     handled = {a.option_strings[0] for a in g.parser()._actions} - {"-h"}
     assert handled == set(
         "--model --dataset --sparsity --image-size --val --seed --epochs --period --batch-size --optimizer --lr --lam --penalty --rounding"
-        " --finetune-mask --finetune-epochs --finetune-lr --checks --out --resume --data-dir --eval-every --device --bf16 --compile".split()
+        " --finetune-mask --finetune-epochs --finetune-lr --finetune-schedule --checks --out --resume --data-dir --eval-every --device --bf16 --compile".split()
     )  # a new flag needs a test
 
 
