@@ -154,8 +154,15 @@ def imp(
     rounds = imp_rounds(sparsity)
     if epochs < rounds:
         raise gm.InputError(f"{rounds} rounds need {rounds} epochs or more, not {epochs}")
-    if isinstance(train, gm.Batches) and rewind and rewind > len(train) * (epochs // rounds):
-        raise gm.InputError(f"no step {rewind} to rewind to: the first round has {len(train) * (epochs // rounds)}")
+
+    def check(steps):
+        if rewind and steps < rewind:
+            raise gm.InputError(
+                f"there is no step {rewind} to rewind to: the first round has {steps}; take less, or longer rounds"
+            )
+
+    if isinstance(train, gm.Batches):  # whose length is known
+        check(len(train) * (epochs // rounds))
     w = start = draw(f, init, seed)
     m, first, steps, rest = torch.ones_like(w), 0, 0, f.rest()
     if state:
@@ -184,10 +191,7 @@ def imp(
                 lambda m=m: dict(start=start, rest=rest, m=m.bool(), steps=steps),
             ),
         )  # fmt: skip
-        if rewind and steps < rewind:
-            raise gm.InputError(
-                f"there is no step {rewind} to rewind to: the first round has {steps}; take less, or longer rounds"
-            )
+        check(steps)
         p, alive = w.abs(), int(m.count_nonzero())
         with gm.seeded(f.device, seed, "prune", i):
             # One more than 20%: theirs (open_lth) keeps what is strictly above the threshold.
@@ -634,19 +638,21 @@ def densities(args, f):
     4: those of IMP, then smart_ratio_search. 5 and 6: those of 2 and 4, then tuned by equation (1).
     """
     if args.version in (4, 6):
-        return densities_of(source(args), f)
+        return densities_of(source(args), f, args.sparsity)
     p = smart_ratio(f.sizes, args.sparsity, args.model.startswith("vgg"))
     if args.version == 3:
         p[0] = p[-1] = 1.0
     elif args.version in (2, 5):
-        gem = densities_of(source(args), f)
+        gem = densities_of(source(args), f, args.sparsity)
         p[0], p[-1] = gem[0], gem[-1]
     return p
 
 
-def densities_of(folder, f):
-    """The fraction that the run in `folder` keeps of each layer of f."""
-    return [m.count_nonzero().item() / m.numel() for m in gm.load_gem(folder, f)["mask"].values()]
+def densities_of(folder, f, s):
+    """The fraction that the run in `folder`, which is of sparsity s, keeps of each layer of f."""
+    found = gm.load_gem(folder, f)
+    gm.same_settings({"sparsity": s}, found["settings"], folder)
+    return [m.count_nonzero().item() / m.numel() for m in found["mask"].values()]
 
 
 def source(args):
@@ -921,6 +927,8 @@ def paper(args, more, command):
         return [] if None in values else values
 
     first = next(iter(results.values()))
+    if any(r["images"] != first["images"] for r in results.values()):
+        raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
     print(
         f"## {experiment.about}\n\n{args.dataset}, {args.seeds} seed{'s, mean ± standard deviation' * (args.seeds > 1)},"
         f" {first['device']}, torch {first['torch']}; accuracies in % of the"

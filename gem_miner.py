@@ -148,8 +148,10 @@ def mine(
     s, E, T, eta, d = sparsity, epochs, max(1, round(epochs / 30)) if period is None else period, lr, f.d
     if not 0 < s <= 1 or round(s * d) < 1:
         raise ValueError(f"sparsity is the fraction of the {d} weights to keep, at least 1/{d} and at most 1: not {s}")
-    if not 1 <= T <= E:
-        raise ValueError(f"the period must be between 1 and the number of epochs ({E}): not {T}")
+    if not 1 <= T <= E or T != int(T):
+        raise ValueError(f"the period must be a whole number from 1 to the number of epochs ({E}): not {T}")
+    if not lam >= 0:
+        raise ValueError(f"lambda must not be negative: {lam}")
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1 (c: see bound)
     with seeded(f.device, seed, "init"):
         w = (init or signed_constant)(f).to(f.device)                          # line 2
@@ -353,6 +355,8 @@ class Tally:
         self.n, self.sums = 0, 0
 
     def __call__(self, logits, y):
+        if logits.dim() != 2 or y.dim() != 1:
+            raise ValueError(f"logits (B, classes) and class indices (B,) are needed, not {logits.shape} and {y.shape}")
         loss = F.cross_entropy(logits, y)
         with torch.no_grad():
             self.n += len(y)
@@ -384,6 +388,8 @@ def minibatches(data, batch_size, device):
     """Batches (x, y) on the device: tensors (x, y) in a new random order, or whatever `data` yields when iterated."""
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(t) for t in data):
         xs, ys = data
+        if len(xs) != len(ys):
+            raise ValueError(f"there are {len(xs)} inputs, but {len(ys)} labels")
         data = ((xs[i], ys[i]) for i in chunks(torch.randperm(len(ys)).to(xs.device), batch_size))
     for x, y in data:
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -452,10 +458,12 @@ def finetune(
 
     The mask is part of the function, f(w * m, x), so neither momentum nor weight decay can revive a weight.
     Biases and affine BatchNorm are trained too. train, optimizer, schedule, on_epoch and state are as for mine.
-    Returns w * m (d,), and leaves the model in eval mode, holding it. Raises FloatingPointError as mine does.
+    Returns w * m (d,), and leaves the model in eval mode, holding it. Raises what mine does.
     """
     f = Network.of(model)
     m = m.to(f.device, f.dtype)
+    if not w.shape == m.shape == (f.d,) or ((m != 0) & (m != 1)).any():
+        raise ValueError(f"w and m must be vectors of {f.d} numbers, and those of m 0 or 1")
     others = [p for n, p in f.model.named_parameters() if n not in f.weights and p.requires_grad]
     w = m * fit(
         f, w, lambda w, j: w * m, train, phase="finetune", epochs=epochs, lr=lr, optimizer=optimizer,
@@ -578,7 +586,8 @@ class Batches:
 
     def fingerprint(self):
         """Numbers that tell these images and labels from others."""
-        return [*self.x.shape, self.x.cpu().sum(dtype=torch.int64).item(), self.y.cpu().cumsum(0).sum().item()]
+        tensors = [t.cpu().contiguous() for t in (self.x, self.y)]
+        return [*self.x.shape, *(zlib.crc32((ctypes.c_char * t.nbytes).from_address(t.data_ptr())) for t in tensors)]
 
     def __iter__(self):
         # All random draws of an epoch are made at once and on the CPU, so that a seed means the same everywhere.
@@ -736,6 +745,8 @@ def folder(path, image_size=None):
     train, test = read_images(train.samples, image_size), read_images(test.samples, image_size)
     if train.x.shape[1:] != test.x.shape[1:]:
         raise InputError(f"{path}: training and test images differ in size: resize them with --image-size 32")
+    if train.x.min() == train.x.max():
+        raise InputError(f"{path}: all training images are of one and the same colour: convert them to 8-bit RGB first")
     return Data(train, test, classes)
 
 
@@ -850,7 +861,9 @@ def load_gem(folder, f):
     """The gem.pt in the folder of a run of the Network f."""
     path, found = folder / "gem.pt", None
     if not path.is_file():
-        raise InputError(f"there is no {path}: a run writes it when it has found what to keep")
+        raise InputError(
+            f"there is no {path}, which a run writes when it has found what to keep: choose another folder"
+        )
     with contextlib.suppress(AttributeError, KeyError):
         found = load(path, f.device)
         if [(n, tuple(m.shape)) for n, m in found["mask"].items()] == list(zip(f.names, f.shapes)):
@@ -889,7 +902,7 @@ class Run:
             self.continue_from(out / "checkpoint.pt", device)
         elif (out / "checkpoint.pt").exists():
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
-        elif (out / "gem.pt").exists() or (out / "result.json").exists():
+        elif any((out / n).exists() and (out / n).stat().st_size for n in ("log.jsonl", "gem.pt", "result.json")):
             raise InputError(f"{out} already holds a run, without its checkpoint.pt: choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -1188,6 +1201,8 @@ def try_out(f, name, x):
     try:
         f.train().plain(f.vector(), x)
     except (RuntimeError, ValueError) as e:
+        if out_of_memory(e):
+            raise
         hint = "try a larger --image-size or --batch-size, or more images"
         raise InputError(f"{name} fails on a batch of {n} images of {w}x{h}: {hint} ({e})") from e
     f.restore(rest)
@@ -1364,25 +1379,36 @@ def report(run, f, args, plan, mask, n_test):
     run.save("result.json", json.dumps(result, indent=1) + "\n")
 
 
+def out_of_memory(e):
+    """Whether that is what e says; on the CPU, torch raises a plain RuntimeError."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
 def guarded(prog, work):
     """work(), and then an exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):  # a terminal or a log may not know every character of a folder's name
-        if stream:
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
-            work()
-    except (torch.OutOfMemoryError, MemoryError):
-        print(f"{CLEAR}{prog}: error: out of memory: try a smaller --batch-size or --image-size", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # nobody reads our output any more, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"{prog}: error: its output was closed: go on with --resume", file=sys.stderr)
-        return 2
-    except (InputError, FloatingPointError, ImportError, OSError) as e:
-        print(f"{CLEAR}{prog}: error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
+            try:
+                work()
+            finally:
+                print(end="", flush=True)
+    except (InputError, FloatingPointError, ImportError, OSError, MemoryError, RuntimeError) as e:
+        reason = " ".join(str(e).splitlines()) or type(e).__name__
+        if out_of_memory(e):
+            reason = "out of memory: try a smaller --batch-size or --image-size"
+        elif isinstance(e, RuntimeError):
+            raise
+        elif (
+            isinstance(e, OSError) and not e.filename
+        ):  # of no file, so of our output: closed (`| head`), or a full disk
+            reason = f"cannot write the output ({e.strerror or e}): go on with --resume"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         print(f"{CLEAR}interrupted{f'; to continue: {e}' if str(e) else ''}", file=sys.stderr)

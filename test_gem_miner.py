@@ -462,6 +462,21 @@ def test_values_out_of_range_are_refused():
         g.mine(tiny(), iter(tiny_batches()), sparsity=0.5, epochs=2, period=1)  # an iterator is spent after one epoch
     with pytest.raises(ValueError, match="no batch"):
         g.accuracy(tiny(), [])
+    for bad, word in (({"period": 1.5}, "whole"), ({"lam": -1}, "lambda"), ({"lam": math.nan}, "lambda")):
+        with pytest.raises(ValueError, match=word):
+            g.mine(tiny(), tiny_batches(), **{"sparsity": 0.5, "epochs": 10, **bad})
+    x, y = tiny_batches()[0]
+    with pytest.raises(ValueError, match="8 inputs, but 7 labels"):
+        g.accuracy(tiny(), (x, y[:7]))
+    with pytest.raises(ValueError, match="class indices"):  # not one-hot
+        g.accuracy(tiny(), (x, F.one_hot(y, 3)))
+    for w, m in (
+        (torch.ones(42), torch.ones(1)),
+        (torch.ones(1), torch.ones(42)),
+        (torch.ones(42), torch.full((42,), 0.5)),
+    ):
+        with pytest.raises(ValueError, match="vectors of 42 numbers"):
+            g.finetune(tiny(), w, m, tiny_batches(), epochs=1)
 
 
 def test_a_lost_layer_is_named_once_and_a_lost_loss_stops_the_run():
@@ -522,7 +537,12 @@ def test_mining_takes_tensors_a_loader_and_ones_own_optimizer():
             for _ in range(2)
         ]
         assert torch.equal(gems[0].p, gems[1].p)  # the seed fixes the loader's order too
+        f = g.Network(tiny(torch.float32))
+        assert torch.equal(gems[0].w.abs(), f.he_std()) and set(gems[0].w.sign().tolist()) == {-1.0, 1.0}
     assert set(used) == {1, 2, 3}
+    orders = [torch.cat([y for _, y in g.minibatches((x, torch.arange(40)), 16, f.device)]) for _ in range(2)]
+    assert all(torch.equal(order.sort().values, torch.arange(40)) for order in orders)
+    assert not torch.equal(*orders) and not torch.equal(orders[0], torch.arange(40))
     a, b = (g.mine(tiny(torch.float32), (x, y), sparsity=0.5, epochs=3, period=1, seed=s).p for s in (0, 1))
     assert not torch.equal(a, b)
 
@@ -1158,7 +1178,7 @@ def refused(argv, capsys, *words):
         ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
         ("--epochs 0", ["--epochs", "from 1"]), ("--epochs 2.5", ["--epochs"]), ("--period 0", ["--period"]), ("--period 4", ["--period 4", "--epochs 3"]),
         ("--lr nan", ["--lr"]), ("--lr 0", ["--lr"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]), ("--batch-size 0", ["--batch-size"]),
-        ("--seed -1", ["--seed"]), ("--finetune-epochs -1", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]),
+        ("--seed -1", ["--seed"]), ("--finetune-epochs -1", ["--finetune-epochs"]), ("--image-size 0", ["--image-size"]), ("--image-size 5000", ["4096"]),
         ("--model resnet21", ["resnet21", "vgg16"]), ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]),
         ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--nonsense", ["--nonsense"]),
         ("--resume", ["nothing to resume"]), ("--device cuda", ["cuda"]), ("--device tpu", ["tpu"]), ("--model vgg16", ["vgg16", "8x8", "--image-size"]),
@@ -1208,6 +1228,15 @@ def test_bad_run_folders(finished, pictures, tmp_path, capsys):
         refused(command(pictures, tmp_path / "damaged", "--resume"), capsys, "checkpoint.pt", "damaged")
     torch.save({"a": 1}, tmp_path / "damaged" / "checkpoint.pt")
     refused(command(pictures, tmp_path / "damaged", "--resume"), capsys, "not a checkpoint")
+    shutil.copytree(finished, tmp_path / "mixed")
+    gem = torch.load(tmp_path / "mixed" / "gem.pt", weights_only=True)
+    gem["settings"]["seed"] = 1
+    torch.save(gem, tmp_path / "mixed" / "gem.pt")
+    refused(command(pictures, tmp_path / "mixed", "--resume"), capsys, "gem.pt", "--seed is 1, not 0")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text("of another program")
+    refused(command(pictures, tmp_path / "other"), capsys, "already holds")
+    assert (tmp_path / "other" / "log.jsonl").read_text() == "of another program"
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, capsys, monkeypatch):
@@ -1240,11 +1269,18 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(pictures, tmp
 
 
 def test_too_little_memory_is_one_line(pictures, tmp_path, monkeypatch, capsys):
-    def mine(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(g, "mine", mine)
-    refused(command(pictures, tmp_path / "run"), capsys, "out of memory", "--batch-size")
+    for name, e in (
+        ("mine", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        (
+            "mine",
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ),
+        ("mine", MemoryError()),
+        ("plain", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(g if name == "mine" else g.Network, name, lambda *_, e=e, **__: (_ for _ in ()).throw(e))
+            refused(command(pictures, tmp_path / "run"), capsys, "out of memory", "a smaller --batch-size")
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -1367,6 +1403,12 @@ def test_synflow_conserves_the_sum_of_scores():
     x = F.max_pool2d(F.conv2d(x, v[0], padding=1) * bn, 2)
     R = (F.conv2d(x, v[1], padding=1) * bn).flatten(1) @ v[2].T
     assert all(math.isclose(s, R.sum(), rel_tol=1e-9) for s in sums)
+    f, x = g.Network(tiny()), tiny_batches()[0]  # biases count with their absolute values
+    w, scores = g.kaiming_normal(f), []
+    for sign in (1, -1):
+        f.restore({"conv.bias": sign * torch.tensor([1.0, 2.0])})
+        scores.append(b.synflow(f, w, lambda: iter([x])))
+    assert torch.equal(*scores) and scores[0].min() > 0
 
 
 def test_synflow_empties_no_layer_where_one_shot_methods_do():
@@ -1446,6 +1488,8 @@ def test_scored_methods_keep_what_their_authors_rule_says_and_leave_no_trace(met
     if method != "dense":
         assert not torch.equal(gem.m, b.at_init(f, data, score=method, sparsity=0.05, seed=1).m)
         assert gem.p[gem.m == 1].min() >= gem.p[gem.m == 0].max()
+        if method == "magnitude":
+            assert torch.equal(gem.p, gem.w.abs())
         if method != "random":
             low = b.at_init(f, data, score=method, sparsity=0.05, invert=True)
             assert low.m.sum() == gem.m.sum() and (low.m * gem.m).sum() == 0
@@ -1509,6 +1553,7 @@ def test_edge_popup_counts():
     for E, T in ((1, 1), (2, 1), (7, 3), (10, 1), (150, 8)):  # never below the target, never growing
         counts = [b.popup_count(f.d, 0.0059, j, E, T) for j in range(1, E + 1)]
         assert counts == sorted(counts, reverse=True) and counts[-1] >= 1583
+    assert b.popup_count(100, 0.001, 10, 10, 1) == 1  # but never none at all
 
 
 def test_imp_counts_are_the_authors():
@@ -1591,9 +1636,12 @@ def test_values_that_would_quietly_do_something_else_are_refused():
     assert torch.equal(*counts)  # gradual pruning is of the whole network
 
 
-def test_imp_says_when_it_cannot_rewind_that_far():
+def test_imp_says_when_it_cannot_rewind_that_far(pictures, tmp_path, capsys):
     with pytest.raises(g.InputError, match="step 13.* has 12"):
         b.imp(tiny(), tiny_batches(), sparsity=0.5, epochs=9, rewind=13)
+    flags = "imp --rewind 9 --round-epochs 2 --sparsity 0.8"
+    refused_baseline(baseline(pictures, tmp_path, flags), capsys, "step 9", "has 8")
+    assert (tmp_path / "log.jsonl").read_text() == ""  # not after a round of perhaps 150 epochs
 
 
 def test_smart_ratio_is_the_hand_computed_one():
@@ -1858,7 +1906,7 @@ def refused_baseline(argv, capsys, *words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("imp --rewind 9 --round-epochs 2 --sparsity 0.8", ["step 9", "has 8"]), ("imp --rewind -1", ["--rewind"]), ("dense --checks", ["--checks"]), ("lrr --checks", ["--checks"]),
+    ("imp --rewind -1", ["--rewind"]), ("dense --checks", ["--checks"]), ("lrr --checks", ["--checks"]),
     ("sr --version 7", ["--version"]), ("sr --sparsity 1e-4", ["30%", "above 0.00014"]), ("sr --version 2 --from /nowhere", ["/nowhere", "gem.pt"]),
     ("ep --lam 1", ["--lam"]), ("snip --rewind 3", ["--rewind"]), ("nonsense", ["nonsense"]), ("snip --sparsity 2", ["KEPT"]), ("snip --resume", ["nothing to resume"]),
     ("sr --trials 0", ["--trials"]), ("sr --lr=1", ["--lr=1 changes nothing"]), ("sr --version 3 --from x", ["--from"]), ("ep --global --period 1", ["--period"]), ("ep --period 9 --gradual", ["--period 9"]), ("random --sparsity 1e-9", ["1e-09"]),
@@ -1872,6 +1920,8 @@ def test_densities_of_another_network_are_refused(baselines_done, pictures, tmp_
     refused_baseline(
         baseline(pictures, tmp_path / "run", flags), capsys, "not a gem of this network", str(baselines_done["snip"])
     )
+    flags = f"sr --version 2 --from {baselines_done['snip']} --sparsity 0.2"
+    refused_baseline(baseline(pictures, tmp_path / "other", flags), capsys, "--sparsity is 0.3, not 0.2")
 
 
 # --- baselines.py: the paper's tables and figures -------------------------------------------------------------
@@ -1959,6 +2009,9 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     ]
     monkeypatch.setattr(b.gm, "run_command", None)  # nothing is left to run
     assert b.main(argv) == 0 and capsys.readouterr().out == out
+    completed = b.completed
+    monkeypatch.setattr(b, "completed", lambda argv: completed(argv) | {"images": argv[0]})
+    refused_baseline(argv, capsys, "same images")
     monkeypatch.undo()
     folder = next(tmp_path.glob("prospr*"))
     for name in ("result.json", "log.jsonl"):  # damaged files are made again, without a new epoch
@@ -1972,7 +2025,7 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     result["milestones"] = [0.1]
     (folder / "result.json").write_text(json.dumps(result | {"checksum": g.checksum(result, log)}))
-    refused_baseline(argv, capsys, "prospr", "milestones")
+    refused_baseline(argv, capsys, "python baselines.py prospr", "milestones")
 
 
 def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_path, capsys):
@@ -2402,10 +2455,16 @@ def test_damaged_data_sets_are_named(tmp_path, monkeypatch):
 def test_too_little_data_is_refused(tmp_path, capsys):
     make_folder(tmp_path / "one", classes=["cat"])
     refused(command(tmp_path / "one", tmp_path / "a"), capsys, "'cat'", "tell apart")
+    make_folder(tmp_path / "dark")
+    for file in (tmp_path / "dark").rglob("*.png"):
+        to_pil_image(torch.full((1, 8, 8), 30_000, dtype=torch.int16)).save(file)  # 16 bits, which PIL cuts to 255
+    refused(command(tmp_path / "dark", tmp_path / "a"), capsys, "same colour", "8-bit")
     make_folder(tmp_path / "few", train=2, test=1)
     refused(command(tmp_path / "few", tmp_path / "b", "--val"), capsys, "4 training images are too few")
     refused_baseline(baseline(tmp_path / "few", tmp_path / "c", "sr --version 4 --trials 1"), capsys, "too few")
     make_folder(tmp_path / "tiny", train=3, test=1, size=(4, 4))
+    f = g.prepare(g.complete(g.read(g.parser(), command(tmp_path / "tiny", tmp_path / "d"))))[0]
+    assert f.model.bn1.num_batches_tracked == 0  # trying a batch leaves no trace
     words = ["a batch of 1 images of 4x4", "--batch-size"]
     refused(command(tmp_path / "tiny", tmp_path / "d", "--batch-size", "1"), capsys, *words)
     refused_baseline("bench --model resnet50 --batch-size 1 --rounds 1 --dataset cifar10".split(), capsys, "batch of 1")
@@ -2419,11 +2478,19 @@ def test_a_run_on_other_images_is_not_continued(pictures, tmp_path, monkeypatch,
         assert g.main(argv) == 130
     path = tmp_path / "pictures" / "train" / "cat" / "000.png"
     content = path.read_bytes()
-    for change in (path.unlink, lambda: picture(77).save(path), lambda: path.rename(path.parents[1] / "dog" / "x.png")):
+    dog = path.parents[1] / "dog"
+    changes = (
+        path.unlink,
+        lambda: picture(77).save(path),
+        lambda: picture(0).transpose(0).save(path),  # mirrored
+        lambda: path.write_bytes(path.with_name("001.png").read_bytes()),
+        lambda: path.rename(dog / "x.png"),
+    )
+    for change in changes:
         change()
         refused([*argv, "--resume"], capsys, "other images")
         path.write_bytes(content)
-    (path.parents[1] / "dog" / "x.png").unlink()
+    (dog / "x.png").unlink()
     assert g.main([*argv, "--resume"]) == 0
 
 
@@ -2564,6 +2631,14 @@ def test_the_second_process_in_a_folder_is_refused(finished, pictures, tmp_path,
         refused(argv, capsys, "another process", "run")
         other.kill()  # which frees the folder
     assert g.main(argv) == 0 and all(same(a, b) for a, b in zip(artefacts(tmp_path / "run"), before))
+
+
+@pytest.mark.parametrize("argv", ["gem_miner.py --help", "baselines.py paper table3 --dry-run"])
+def test_a_full_disk_under_the_output_is_one_line(argv):
+    with open("/dev/full", "w") as full:
+        process = script(*argv.split(), stdout=full, cwd=HERE)
+        err = process.communicate()[1]
+    assert process.returncode == 2 and err.count("\n") == 1 and "cannot write the output (No space" in err, err
 
 
 def test_output_that_nobody_reads_is_one_line(pictures, tmp_path):
