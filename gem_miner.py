@@ -1397,17 +1397,16 @@ def guarded(prog, work):
                 work()
             finally:
                 print(end="", flush=True)
-    except (InputError, FloatingPointError, ImportError, OSError, MemoryError, RuntimeError) as e:
-        reason = " ".join(str(e).splitlines()) or type(e).__name__
+    except Exception as e:
         if out_of_memory(e):
             reason = "out of memory: try a smaller --batch-size or --image-size"
-        elif isinstance(e, RuntimeError):
-            raise
-        elif (
-            isinstance(e, OSError) and not e.filename
-        ):  # of no file, so of our output: closed (`| head`), or a full disk
+        elif isinstance(e, OSError) and not e.filename:  # of no file: of our output, as after `| head`
             reason = f"cannot write the output ({e.strerror or e}): go on with --resume"
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
+            reason = " ".join(str(e).splitlines()) or type(e).__name__
+        else:
+            raise
         print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
