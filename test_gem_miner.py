@@ -2592,7 +2592,7 @@ def test_killed_runs_resume_to_the_same_bits(name, pictures, tmp_path):
     assert stress(tmp_path / "runs", prog, argv, outs, 1, random.Random(name)) >= 1
 
 
-@pytest.mark.skipif("STRESS" not in os.environ, reason="half an hour: STRESS=1 pytest -k on_shapes")
+@pytest.mark.skipif("STRESS" not in os.environ, reason="an hour: STRESS=1 pytest -k on_shapes")
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["gem-miner", "imp", "paper"])
 def test_killed_runs_on_shapes_resume_to_the_same_bits(name, seed, tmp_path):
