@@ -2457,7 +2457,7 @@ def test_too_little_data_is_refused(tmp_path, capsys):
     refused(command(tmp_path / "one", tmp_path / "a"), capsys, "'cat'", "tell apart")
     make_folder(tmp_path / "dark")
     for file in (tmp_path / "dark").rglob("*.png"):
-        to_pil_image(torch.full((1, 8, 8), 30_000, dtype=torch.int16)).save(file)  # 16 bits, which PIL cuts to 255
+        to_pil_image(torch.full((3, 8, 8), 255, dtype=torch.uint8)).save(file)  # as PIL cuts those of 16 bits
     refused(command(tmp_path / "dark", tmp_path / "a"), capsys, "same colour", "8-bit")
     make_folder(tmp_path / "few", train=2, test=1)
     refused(command(tmp_path / "few", tmp_path / "b", "--val"), capsys, "4 training images are too few")
