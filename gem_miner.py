@@ -866,7 +866,8 @@ def load_gem(folder, f):
         )
     with contextlib.suppress(AttributeError, KeyError):
         found = load(path, f.device)
-        if [(n, tuple(m.shape)) for n, m in found["mask"].items()] == list(zip(f.names, f.shapes)):
+        shapes = {n: tuple(m.shape) for n, m in found["mask"].items()}
+        if shapes == dict(zip(f.names, f.shapes)) and found["settings"]:
             return found
     raise InputError(f"{path} is not a gem of this network: choose another folder")
 
@@ -1304,7 +1305,7 @@ def pipeline(run, args, plan):
         run.save("gem.pt", found)
     else:
         found = load_gem(args.out, f)
-        same_settings(run.settings, found.get("settings", {}), args.out / "gem.pt")
+        same_settings(run.settings, found["settings"], args.out / "gem.pt")
     w, mask = f.vector(found["initial"]), f.vector(found["mask"]).to(f.dtype)
     after = {n: t for n, t in found["gem"].items() if n not in f.weights}
 
