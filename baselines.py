@@ -554,6 +554,7 @@ def parser():
     paper.add_argument("--dataset", default="cifar10", help="(default: cifar10)")
     paper.add_argument("--sparsity", action="append", type=gm.fraction)
     paper.add_argument("--dry-run", action="store_true", help="only list the runs, and their cost in epochs")
+    paper.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
     paper.add_argument(
         "--out", type=gm.place, default=Path("runs/paper"), help="folder of the runs (default: runs/paper)"
     )
@@ -672,8 +673,8 @@ def source(args):
     return Path(found)
 
 
-def completed(argv):
-    """The result of the run `argv`, log included: the one in its folder, or made or resumed now."""
+def completed(argv, make=True):
+    """The result of the run `argv`, log included: the one in its folder, or else None, or (make) run or resumed now."""
     args, how = prepared(argv)
 
     def result():
@@ -688,7 +689,7 @@ def completed(argv):
         found = result()
         if found:
             gm.same_settings(gm.settings(args), found, args.out)
-        if not found or (args.checks and "checks" not in found):
+        if make and (not found or (args.checks and "checks" not in found)):
             args.resume = (args.out / "checkpoint.pt").exists()
             gm.run_command(args, how)
             found = result()
@@ -915,22 +916,25 @@ def paper(args, more, command):
         return
     try:
         with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
-            results = {key: completed(argv) for key, argv in runs.items()}
+            found = {key: completed(argv, not args.so_far) for key, argv in runs.items()}
     except KeyboardInterrupt:
         raise KeyboardInterrupt(command) from None
+    results = {key: result for key, result in found.items() if result}
+    if not results:
+        raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
 
     def of_seeds(read, *key):
         """What read() finds in the result of each seed; nothing where it has no such check."""
         values = []
         with contextlib.suppress(KeyError):
-            values = [read(results[(*key, seed)]) for seed in range(args.seeds)]
+            values = [read(results[*key, seed]) for seed in range(args.seeds) if (*key, seed) in results]
         return [] if None in values else values
 
     first = next(iter(results.values()))
     if any(r["images"] != first["images"] for r in results.values()):
         raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
     print(
-        f"## {experiment.about}\n\n{args.dataset}, {args.seeds} seed{'s, mean ± standard deviation' * (args.seeds > 1)},"
+        f"## {experiment.about}\n\n{args.dataset}, {'up to ' * args.so_far}{args.seeds} seed{'s, mean ± standard deviation' * (args.seeds > 1)},"
         f" {first['device']}, torch {first['torch']}; accuracies in % of the"
         f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
     )
@@ -941,13 +945,14 @@ def paper(args, more, command):
     for c in experiment.columns:
         head += [c, "paper" if args.dataset == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
     for label, model, s in points:
-        rows.append([label, model, percent(of_seeds(lambda r: r["sparsity"], label, model, s)[0])])
+        found = of_seeds(lambda r: r["sparsity"], label, model, s)
+        rows.append([label, model, percent(found[0]) if found else "not run"])
         for c in experiment.columns:
             rows[-1].append(spread(of_seeds(COLUMNS[c], label, model, s), 3 if "%" in c else 2))
             if c in known:
                 rows[-1].append(experiment.rows[label][1].get(c, "") if (model, s) == at else "")
     print(markdown(head, rows))
-    for title, x, xs, lines in pictures(experiment, points, of_seeds):
+    for title, x, xs, lines in pictures(experiment, [key for key in points if of_seeds(len, *key)], of_seeds):
         if x != "sparsity":  # those points are in the table already
             columns = [[f"{y:.2f}" for y in line] + [""] * (len(xs) - len(line)) for line in lines.values()]
             print(markdown([x, *lines], zip(xs, *columns)))
@@ -966,7 +971,8 @@ def pictures(experiment, points, of_seeds):
             c = [c for c in experiment.columns if c in ("before", "after")][-1]
             found = {label: [of_seeds(COLUMNS[c], label, model, s) for s in sparsities] for label in experiment.rows}
             lines = {label: list(map(statistics.mean, values)) for label, values in found.items() if all(values)}
-            yield f"{model}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
+            if lines:
+                yield f"{model}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
         for s in sparsities if experiment.curves else ():
             for title in experiment.curves:
                 curve = functools.partial(by_epoch, *CURVES[title])
@@ -974,8 +980,9 @@ def pictures(experiment, points, of_seeds):
                 lines = {label: line for label, line in lines.items() if line}
                 yield f"{model}: {title}", "epoch", range(1, 1 + max(map(len, lines.values()))), lines
         for s in sparsities if experiment.layers else ():
-            listed, lines = of_seeds(lambda r: r["layers"], points[0][0], model, s)[0], {}
-            for label in experiment.rows:
+            labels = [label for label in experiment.rows if (label, model, s) in points]
+            listed, lines = of_seeds(lambda r: r["layers"], labels[0], model, s)[0], {}
+            for label in labels:
                 lines[label] = means(lambda r: [100 * u["kept"] / u["total"] for u in r["layers"]], label, model, s)
                 if (label, model, s) in experiment.layers:
                     theirs = zip(experiment.layers[label, model, s], listed)

@@ -411,9 +411,14 @@ def accuracy(model, data, v=None, batch_size=1000):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def drops(E, milestones):
+    """The epochs after which multistep lowers the learning rate; never before the first."""
+    return [max(1, round(E * t)) for t in milestones]
+
+
 def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
     """Learning rate in epoch j = 1..E: eta, a tenth from each milestone on (fractions of E; Table 15)."""
-    return eta * 0.1 ** sum(j > max(1, round(E * t)) for t in milestones)
+    return eta * 0.1 ** sum(j > t for t in drops(E, milestones))
 
 
 sgd_decayed = functools.partial(sgd, weight_decay=1e-4)
@@ -1264,10 +1269,8 @@ def pipeline(run, args, plan):
     f, train, test, build = prepare(args)
     run.on([train.fingerprint(), test.fingerprint()])
     init = given if build["affine"] else plan.draw  # Caltech-101's ResNet-50 is pretrained
-    E_ft, later = (
-        args.finetune_epochs,
-        " and ".join(str(max(1, round(args.finetune_epochs * t))) for t in args.milestones),
-    )
+    E_ft = args.finetune_epochs
+    later = "a tenth after " + " and ".join(map(str, drops(E_ft, args.milestones)))
     print(
         f"{args.method:<10} {args.model}, d = {f.d:,}; keep {round(args.sparsity * f.d):,} weights"
         f" ({100 * args.sparsity:g}%)\n"
@@ -1276,7 +1279,7 @@ def pipeline(run, args, plan):
         f"defaults   those of {args.defaults}\n"
         f"search     {plan.text}\n"
         f"finetuning {E_ft} epochs; sgd, lr {args.finetune_lr:g},"
-        f" {'cosine' if args.finetune_schedule == 'cosine' else 'a tenth after ' + later}\n"
+        f" {later if args.finetune_schedule == 'multistep' else 'cosine'}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
         f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
     )

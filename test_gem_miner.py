@@ -1995,6 +1995,7 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
         assert b.main(argv) == 130
     err = capsys.readouterr().err
     assert f"to continue: python baselines.py {shlex.join(argv)}\n" in err and "Traceback" not in err
+    refused_baseline([*argv, "--so-far"], capsys, "no run of table2", str(tmp_path))
     assert b.main(argv) == 0
     out = capsys.readouterr().out
     results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/result.json"))]
@@ -2009,8 +2010,10 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     ]
     monkeypatch.setattr(b.gm, "run_command", None)  # nothing is left to run
     assert b.main(argv) == 0 and capsys.readouterr().out == out
+    assert b.main([*argv, "--seeds", "3", "--so-far"]) == 0
+    assert capsys.readouterr().out == out.replace("2 seeds", "up to 3 seeds")
     completed = b.completed
-    monkeypatch.setattr(b, "completed", lambda argv: completed(argv) | {"images": argv[0]})
+    monkeypatch.setattr(b, "completed", lambda argv, make: completed(argv, make) | {"images": argv[0]})
     refused_baseline(argv, capsys, "same images")
     monkeypatch.undo()
     folder = next(tmp_path.glob("prospr*"))
@@ -2026,6 +2029,20 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     result["milestones"] = [0.1]
     (folder / "result.json").write_text(json.dumps(result | {"checksum": g.checksum(result, log)}))
     refused_baseline(argv, capsys, "python baselines.py prospr", "milestones")
+
+
+@pytest.mark.parametrize("name", ["fig2", "fig3", "fig7"])
+def test_a_table_shows_what_is_complete_so_far(name, pictures, tmp_path, capsys):
+    """A run without its checks too; nothing is run."""
+    argv = paper(pictures, tmp_path, name, "--sparsity", "0.3", "--sparsity", "0.2", "--finetune-epochs", "1")
+    runs = b.runs_of(b.EXPERIMENTS[name], *b.parser().parse_known_args(argv))
+    key = next(key for key in runs if key[2] == 0.2)
+    b.completed([a for a in runs[key] if a != "--checks"])
+    capsys.readouterr()
+    assert b.main([*argv, "--so-far"]) == 0 and len(list(tmp_path.glob("*/log.jsonl"))) == 1
+    out = capsys.readouterr().out
+    assert out.count("| not run |") == len(runs) - 1 and f"| {key[0]} | resnet20 | 20% |" in out
+    assert out.count("mermaid") == {"fig2": 2, "fig3": 0, "fig7": 1}[name]
 
 
 def test_the_papers_figures_stand_beside_ours_where_they_belong(pictures, tmp_path, capsys):
