@@ -411,8 +411,9 @@ def accuracy(model, data, v=None, batch_size=1000):
 def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
     """Set BatchNorm's running statistics to their mean over some batches of `train` (as for mine) under weights v (d,).
 
-    Those that mining leaves belong to earlier masks, since its last freeze comes after its last step. No parameter
-    changes; leaves the model in eval mode.
+    Those that mining leaves are averaged over many masks: scores hover around 0.5, so that some weights enter or leave
+    r(p) * q in every step (in quantised training: Nagel et al. 2022, arXiv 2203.11086). No parameter changes; leaves
+    the model in eval mode.
     """
     f = Network.of(model)
     norms = {u: u.momentum for u in f.modules() if isinstance(u, nn.modules.batchnorm._BatchNorm)}
