@@ -25,7 +25,7 @@ As a library: METHOD(model, train, sparsity=..., epochs=..., seed=0, ...) -> Gem
 imp, edge_popup, smart_ratio_ticket or at_init(..., score="snip"); then gem_miner.finetune(model, gem.w, gem.m, train).
 New weights are drawn, except with init=gem_miner.given.
 
-Where the authors of a method and the code of Rare Gems differ, the method's authors are followed ("Theirs:").
+Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's).
 All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the
 epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 and a cosine on ResNet-20, else 0.01),
 as the authors of Rare Gems trained them on ResNet-20.
@@ -80,9 +80,7 @@ def method(find):
             w, p, m = find(f, train, **common, **settings)
             empty = [name for name, n in f.counts(m).items() if n == 0]
             if empty:
-                warnings.warn(
-                    f"no weight is left in {', '.join(empty)}: keep more: take a larger sparsity", stacklevel=2
-                )
+                warnings.warn(f"no weight is left in {', '.join(empty)}: raise the sparsity", stacklevel=2)
             if on_epoch:
                 tally, kept = gm.Tally(), int(m.count_nonzero())
                 with gm.seeded(f.device, seed, "ticket"), torch.no_grad():
@@ -170,7 +168,7 @@ def imp(
         rest = state["rest"]
 
     def remembering(params, eta):
-        """sgd_decayed, which takes down the network after `rewind` steps."""
+        """sgd_decayed, which also records weights and BatchNorm after step `rewind`."""
 
         def after_step(*_):
             nonlocal start, rest, steps
@@ -318,7 +316,9 @@ SCORES = {
 
 
 @method
-def at_init(f, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, seed, batch_size, **_):
+def at_init(
+    f, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, seed, batch_size, epochs, on_epoch, state
+):
     """Keep the weights with the largest scores (invert: the smallest); score is a key of SCORES.
 
     Scores are computed on a copy of the network, so that BatchNorm's statistics stay as they are.
@@ -346,7 +346,7 @@ def at_init(f, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, 
 def popup_count(d, s, j, E, T):
     """Gradual pruning: how many of d weights are in the mask in epoch j; T: period. From s^(1/n) on, in n steps."""
     n = max(1, (E - 1) // T)
-    updated = T * max(0, (j - 2) // T)  # theirs, counting epochs from 0: at the end of epochs T, 2T, ...
+    updated = T * max(0, (j - 2) // T)  # Rare Gems' code, counting epochs from 0: at the end of epochs T, 2T, ...
     return max(1, d - math.ceil(d * (1 - s ** (min(n, max(1, (updated + 1) // T)) / n)) - 1e-6))
 
 
@@ -452,7 +452,7 @@ def smart_ratio_ticket(
         p = gm.fit(
             f, torch.tensor(p, dtype=f.dtype),
             lambda p, j: fixed * gm.round_random(p.repeat_interleave(sizes, output_size=f.d)), train,
-            # Theirs: a cosine over 150 epochs, of which the paper's table has the tenth. That is all but constant.
+            # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. That is all but constant.
             phase="equation 1", epochs=epochs, lr=tune, optimizer=boxed, schedule=lambda eta, j, E: eta,
             batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
         ).tolist()  # fmt: skip
@@ -540,7 +540,9 @@ def parser():
     subs["ep"].add_argument("--lr", type=rate, default=0.1, help="learning rate of the scores (default: 0.1)")
     g = subs["sr"].add_argument_group("variants of Table 16")
     g.add_argument("--version", type=int, choices=range(1, 7), default=1, help="SR-v1 to SR-v6 (default: 1)")
-    about = "folder of the run whose densities are needed: a gem's for 2 and 5, IMP's for 4, SR-v4's for 6"
+    about = (
+        "folder of the run to take densities from: a gem's for 2 and 5, IMP's (made here: cold) for 4, SR-v4's for 6"
+    )
     g.add_argument("--from", metavar="RUN", help=f"{about} (default: make it first, below --out)")
     g.add_argument("--trials", type=count, default=144, help="how many of SR-v4's 144 densities (default: all)")
     g.add_argument("--lr", type=rate, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
@@ -746,7 +748,7 @@ class Experiment(NamedTuple):
 
 CIFAR = ("resnet20", "mobilenetv2", "vgg16", "wrn28_2")
 WARM = {"vgg16": 2000, "wrn28_2": 2000}  # iterations that warm IMP rewinds to, where not 1000
-FOUR_WAYS = {
+COMPARED = {
     "Gem-Miner": ("gem-miner --checks", {"after": 77.89}),
     "IMP (warm)": ("imp --rewind {warm}", {"after": 74.52}),
     "Renda et al.": ("lrr", {"after": 80.21}),
@@ -819,7 +821,7 @@ EXPERIMENTS = {
         }, curves=("r(p)q, %", "q, the upper bound, %")),
     "fig3": Experiment(
         "Fig. 3: accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (), ("kept %", "after", *CHECKED),
-        {**FOUR_WAYS, "Dense": ("dense", {})}, at=("resnet20", 0.0144)),
+        {**COMPARED, "Dense": ("dense", {})}, at=("resnet20", 0.0144)),
     "fig5": Experiment(
         "Fig. 5: accuracy by epoch: mining, then finetuning", ("mobilenetv2",), (0.0144,), ("kept %", "before", "after"), {
             "Gem-Miner": ("gem-miner", {"kept %": 1.16}),
@@ -829,7 +831,7 @@ EXPERIMENTS = {
     "fig6": Experiment(
         "Fig. 6: accuracy before finetuning", CIFAR, (), ("kept %", "before", "BN re-estimated"),
         {label: (command.removesuffix(" --checks"), {"before": 84.62} if label == "Gem-Miner" else {})
-         for label, (command, _) in FOUR_WAYS.items() if label != "Renda et al."}, at=("mobilenetv2", 0.0144)),
+         for label, (command, _) in COMPARED.items() if label != "Renda et al."}, at=("mobilenetv2", 0.0144)),
     "fig7": Experiment(
         "Fig. 7: what is kept of each layer", ("resnet20",), (0.5, 0.0373, 0.0144, 0.0059), ("kept %",), {
             "Gem-Miner": ("gem-miner", {}),

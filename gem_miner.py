@@ -20,7 +20,7 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
     1. Freezing leaves exactly round(s * d) weights, also where T does not divide E; ties are broken at random.
     2. q is finetuned rather than m = r(p) * q, as in most of the authors' own runs; --finetune-mask m is the paper's.
     3. The regulariser is the squared L2 norm, as in the authors' code; their values of lambda belong to it.
-    4. Some rows of Tables 8 to 15 follow the authors' configuration files where these have the evidence.
+    4. Some rows of Tables 8 to 15 follow the authors' configuration files, where the evidence favours these.
     5. TinyImageNet is cropped and flipped, as in the authors' code, not rotated, and tested on its validation images.
     6. Accuracy is the last epoch's; nothing is chosen by validation accuracy.
     7. What the paper leaves open (momentum 0.9, cosine, weight decay) is as in the authors' code.
@@ -110,16 +110,11 @@ def cosine(eta, j, E):
 # Deviation 7: the paper's line 7 is a plain gradient step. Its authors' code has momentum 0.9 and the cosine above,
 # and decays the weights in finetuning (not the scores) by 1e-4.
 def sgd(params, eta, weight_decay=0.0):
-    return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay, fused=fusible(params))
+    return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
 def adam(params, eta):
-    return torch.optim.Adam(params, lr=eta, fused=fusible(params))
-
-
-def fusible(params):
-    """Whether torch has an optimizer that reads and writes each number once."""
-    return all(p.device.type in ("cpu", "cuda") for p in params)
+    return torch.optim.Adam(params, lr=eta, fused=True)
 
 
 def mine(
@@ -135,8 +130,8 @@ def mine(
     penalty    l2 (paper) or l1: (p, lam) -> the penalty's gradient.
     optimizer  (params, lr) -> torch optimizer over p. schedule: (lr, j, E) -> learning rate in epoch j.
     init       draws w from a Network: signed_constant (the default, paper A.2), kaiming_normal, or given.
-    invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (which words
-               it the other way round, but Gem-Miner keeps the largest).
+    invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (whose sentence
+               has the two the wrong way round for Gem-Miner).
     on_epoch   called as on_epoch(row, weights, state) after each epoch: the epoch's figures, the vector of
                effective weights, and all that `state=` needs to continue from there (save or copy it in the
                call: its tensors are those that the search goes on with).
@@ -1063,12 +1058,8 @@ def fraction(text):
     return value
 
 
-def natural(text):
-    return number(int, text, 0)
-
-
-def count(text):
-    return number(int, text, 1)
+natural, count = (functools.partial(number, int, low=n) for n in (0, 1))
+weight, rate = (functools.partial(number, float, low=0, above=above) for above in (False, True))
 
 
 def side(text):
@@ -1082,14 +1073,6 @@ def place(text):
     if not text:
         raise argparse.ArgumentTypeError("the name of the folder is empty")
     return Path(text)
-
-
-def weight(text):
-    return number(float, text, 0)
-
-
-def rate(text):
-    return number(float, text, 0, above=True)
 
 
 def flags_of_all_methods(cli):
@@ -1135,7 +1118,7 @@ def parser():
     g.add_argument("--period", type=count, help="T, epochs between freezes; scales with --epochs if not given")
     g.add_argument("--optimizer", choices=("sgd", "adam"))
     g.add_argument("--lr", type=rate, help="learning rate of the scores")
-    g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores")
+    g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores (not scaled with --epochs)")
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
     g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
     g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
