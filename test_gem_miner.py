@@ -2705,11 +2705,27 @@ def blocks(language):
 def test_the_file_alone_can_be_copied(tmp_path):
     """gem_miner.py alone: no models.py, no torchvision, nothing printed, nothing drawn at import."""
     (tmp_path / "gem_miner.py").write_text((HERE / "gem_miner.py").read_text())
-    [example] = [b for b in blocks("python") if "import gem_miner" in b or "from gem_miner" in b]
+    [example] = [b for b in blocks("python") if "mine(f, train" in b]
     script = f"import sys, torch\nbefore = torch.get_rng_state()\nimport gem_miner\nassert torch.equal(before, torch.get_rng_state())\n{example}\nassert not {{'torchvision', 'models'}} & set(sys.modules)\n"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["gem_miner.py"]
+
+
+def test_the_readmes_photographs_are_made_from_cifar10(tmp_path, monkeypatch):
+    [example] = [block for block in blocks("python") if "PIL" in block]
+    no_network(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    cls = torchvision.datasets.CIFAR10
+    cifar_archive(tmp_path / "data" / cls.filename, cls, monkeypatch, n=10)
+    exec(example, {})
+    originals, photographs = g.load_data("cifar10", Path("data")), g.load_data("folder:cifar10-jpeg", None)
+    for x, y in zip(originals, photographs[:2]):
+        order = x.y.argsort(stable=True)
+        assert torch.equal(x.y[order], y.y) and not torch.equal(x.x[order], y.x)  # JPEG loses something,
+        x, y = ((z.float().mean(3) - 127).flatten(1) for z in (x.x[order], y.x))
+        assert torch.cosine_similarity(x, y).min() > 0.8  # but these are noise
 
 
 def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
