@@ -576,6 +576,23 @@ def paper_setting(model, dataset, sparsity):
             return min(found, key=lambda row: abs(math.log(row.sparsity / sparsity)))
 
 
+def check_lambda(lam, s, eta, E, steps):
+    """Warn if lambda * ||p||^2 is too weak to bring r(p) down to s in E epochs of so many steps of sgd and cosine.
+
+    A score that the loss never moves shrinks by exp(-X), X = 2 * lam * (sum of learning rates) / (1 - momentum). Scores
+    start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays at 0.5 or more: none from X = ln 2 on.
+    """
+    pull = 2 * steps * sum(cosine(eta, j, E) for j in range(1, E + 1)) / (1 - 0.9)
+    most = max(0.1, 1.5 * s)  # what every SGD row of PAPER stays below
+    if most < 1 and lam * pull < math.log(2 * (1 - most)):
+        warnings.warn(
+            f"lambda {lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(lam * pull) / 2:.1%} of the"
+            f" scores at 0.5 or more, and freezing will take weights in use (--lam {math.log(2 * (1 - s)) / pull:.2g}"
+            f" leaves {s:.2%})",
+            stacklevel=2,
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data: uint8 tensors on the device, no workers
 # ------------------------------------------------------------------------------------------------------------
@@ -1274,6 +1291,8 @@ def run_command(args, plan):
 def pipeline(run, args, plan):
     f, train, test, build = prepare(args)
     run.on([train.fingerprint(), test.fingerprint()])
+    if args.method == "gem-miner" and (args.optimizer, args.penalty, args.rounding) == ("sgd", "l2", "deterministic"):
+        check_lambda(args.lam, args.sparsity, args.lr, args.epochs, len(train))
     init = given if build["affine"] else plan.draw  # Caltech-101's ResNet-50 is pretrained
     E_ft = args.finetune_epochs
     later = "a tenth after " + " and ".join(map(str, drops(E_ft, args.milestones)))

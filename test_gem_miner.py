@@ -24,6 +24,7 @@ import sys
 import tarfile
 import time
 import urllib.error
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -913,6 +914,29 @@ def test_settings_are_the_papers():
     for row in map(lambda row: g.Setting(*row), g.PAPER):
         assert row.model in models.MODELS and row.dataset in g.LOADERS and 0 < row.sparsity <= 1
         assert row.period <= row.epochs and all(0 < t < row.epochs for t in row.milestones)
+
+
+def test_a_lambda_too_small_for_the_steps_is_named(pictures, tmp_path, capsys):
+    """What it warns of is what happens: scores that the loss never moves, because every input is 0."""
+    with pytest.warns(UserWarning, match=r"^lambda 0.0002 is small for 400 steps.*--lam") as found:
+        g.check_lambda(0.0002, 0.1, 0.3, 10, 40)
+    left, enough, s = re.search(r"leaves ([\d.]+)%.*--lam (\S+) leaves ([\d.]+)%", str(found[0].message)).groups()
+    for lam, percent in ((0.0002, left), (float(enough), s)):
+        data = [(torch.zeros(2, 200), torch.zeros(2).long())] * 40
+        gem = g.mine(nn.Linear(200, 200, bias=False), data, sparsity=0.1, epochs=10, lr=0.3, lam=lam)
+        assert abs(100 * (gem.p >= 0.5).float().mean() - float(percent)) < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        g.check_lambda(0.0, 0.5, 0.3, 10, 40)
+        g.check_lambda(1e9, 0.1, 0.3, 10, 40)
+        for row in map(lambda row: g.Setting(*row), g.PAPER):  # CIFAR-10 has 391 batches of 128, shapes 141 of 32
+            if row.optimizer == "sgd":
+                g.check_lambda(row.lam, row.sparsity, row.lr, row.epochs, 141 if row.dataset == "shapes" else 391)
+    flags = "--epochs 1 --sparsity 0.05 --lam 1e-9 --finetune-epochs 0 --device cpu --dataset".split()
+    for more in ((), ("--optimizer", "adam"), ("--penalty", "l1"), ("--rounding", "random")):
+        out = tmp_path / "-".join(["run", *more])
+        assert g.main([*flags, f"folder:{pictures}", "--out", str(out), *more]) == 0
+        assert ("lambda 1e-09 is small for 1 steps" in capsys.readouterr().err) == (not more)
 
 
 def test_the_period_shrinks_with_the_epochs():
