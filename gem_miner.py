@@ -577,14 +577,14 @@ def paper_setting(model, dataset, sparsity):
 
 
 def check_lambda(lam, s, eta, E, steps):
-    """Warn if lambda * ||p||^2 is too weak to bring r(p) down to s in E epochs of so many steps of sgd and cosine.
+    """Warn if lambda * ||p||^2, where it is wanted, is too weak to bring r(p) down to s in E epochs of so many steps.
 
-    A score that the loss never moves shrinks by exp(-X), X = 2 * lam * (sum of learning rates) / (1 - momentum). Scores
-    start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays at 0.5 or more: none from X = ln 2 on.
+    A score that the loss never moves shrinks, by sgd and cosine, by exp(-X), X = 2 * lam * (sum of the learning rates of
+    all steps) / (1 - momentum). Scores start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays at 0.5 or more.
     """
     pull = 2 * steps * sum(cosine(eta, j, E) for j in range(1, E + 1)) / (1 - 0.9)
     most = max(0.1, 1.5 * s)  # what every SGD row of PAPER stays below
-    if most < 1 and lam * pull < math.log(2 * (1 - most)):
+    if most < 1 and 0 < lam * pull < math.log(2 * (1 - most)):
         warnings.warn(
             f"lambda {lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(lam * pull) / 2:.1%} of the"
             f" scores at 0.5 or more, and freezing will take weights in use (--lam {math.log(2 * (1 - s)) / pull:.2g}"

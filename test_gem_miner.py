@@ -927,7 +927,8 @@ def test_a_lambda_too_small_for_the_steps_is_named(pictures, tmp_path, capsys):
         assert abs(100 * (gem.p >= 0.5).float().mean() - float(percent)) < 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        g.check_lambda(0.0, 0.5, 0.3, 10, 40)
+        g.check_lambda(0.0, 0.1, 0.3, 10, 40)
+        g.check_lambda(1e-9, 0.5, 0.3, 10, 40)
         g.check_lambda(1e9, 0.1, 0.3, 10, 40)
         for row in map(lambda row: g.Setting(*row), g.PAPER):  # CIFAR-10 has 391 batches of 128, shapes 141 of 32
             if row.optimizer == "sgd":
