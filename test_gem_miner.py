@@ -45,7 +45,10 @@ HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 g.Run.SHARE = math.inf  # a checkpoint after every epoch, however short
 pytestmark = pytest.mark.filterwarnings(  # of our own code, only what it means to say is no error
-    "error:::(gem_miner|baselines|models)", "ignore:no weight is left", "ignore:torch.compile does not work"
+    "error:::(gem_miner|baselines|models)",
+    "ignore:no weight is left",
+    "ignore:torch.compile does not work",
+    "ignore:lambda .* is small",
 )
 
 
