@@ -34,18 +34,14 @@ as the authors of Rare Gems trained them on ResNet-20.
 import collections
 import contextlib
 import copy
-import functools
 import itertools
 import json
 import math
-import os
-import re
 import shlex
 import statistics
 import sys
-import tempfile
 import time
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,45 +56,16 @@ import gem_miner as gm
 # ------------------------------------------------------------------------------------------------------------
 
 
-def method(find):
-    """Turn find(f, train, **settings) -> (w, scores, m) into what gem_miner.run_command needs.
-
-    The result takes a model or Network, and returns a Gem whose q is m, leaving the model in eval mode, holding
-    w * m. Its last row is that of the untrained ticket itself: f(w * m, x), its loss that of one batch.
-    """
-
-    @functools.wraps(find)
-    def wrapped(model, train, *, epochs=1, seed=0, batch_size=128, on_epoch=None, state=None, **settings):
-        f = gm.Network.of(model)
-        if not 0 < settings.get("sparsity", 1) <= 1:
-            raise gm.InputError(f"sparsity is the fraction of weights kept, in (0, 1], not {settings['sparsity']}")
-        if state and "ticket" in state:
-            w, p, m = state["ticket"]
-            f.restore(state["rest"])
-        else:
-            common = dict(epochs=epochs, seed=seed, batch_size=batch_size, on_epoch=on_epoch, state=state)
-            w, p, m = find(f, train, **common, **settings)
-            empty = [name for name, n in f.counts(m).items() if n == 0]
-            if empty:
-                warnings.warn(f"no weight is left in {', '.join(empty)}: raise the sparsity", stacklevel=2)
-            if on_epoch:
-                tally, kept = gm.Tally(), int(m.count_nonzero())
-                with gm.seeded(f.device, seed, "ticket"), torch.no_grad():
-                    x, y = next(gm.minibatches(train, batch_size, f.device))
-                    tally(f.eval()(w * m, x), y)
-                row = tally.row(epochs, 0.0, w) | {"q": kept, "m": kept, "stage": "ticket"}
-                on_epoch(row, w * m, {"epoch": epochs, "ticket": (w, p, m), "rest": f.rest()})
-        f.eval()
-        f.load(w * m)
-        return gm.Gem(w, p, m, m)
-
-    return wrapped
-
-
 def draw(f, init, seed):
     """The weights w (d,) that mine() would draw from this seed."""
-    with gm.seeded(f.device, seed, "init"):
-        return init(f).to(f.device)
+    gm.reseed(seed, "init")
+    return init(f).to(f.device)
+
+
+def ticket(f, w, p, m):
+    """The Gem of weights w, scores p and mask m, all (d,); leaves the model holding w * m."""
+    f.settle(w, m)
+    return gm.Gem(w, p, m, m)
 
 
 def floor(x):
@@ -107,21 +74,15 @@ def floor(x):
 
 def largest(p, sizes, counts, invert=False):
     """The mask, in bool, of the counts[l] largest of each part of p, (d,), of sizes[l] (invert: the smallest)."""
-    best = [u.topk(n, largest=not invert, sorted=False).indices for u, n in zip(p.split(sizes), counts)]
     m = torch.zeros_like(p, dtype=torch.bool)
-    for u, i in zip(m.split(sizes), best):
-        u[i] = True
+    for part, scores, n in zip(m.split(sizes), p.split(sizes), counts):
+        part[scores.topk(n, largest=not invert, sorted=False).indices] = True
     return m
 
 
-def several(on_epoch, i, name, epochs, more):
-    """on_epoch for the i-th of several trainings: rows say which it is, states hold what more() gives as well."""
-
-    def inner(row, v, state):
-        row = row | {"epoch": i * epochs + row["epoch"], "stage": f"{name} {i}"}
-        on_epoch(row, v, {"epoch": row["epoch"], "number": i, "inner": state, **more()})
-
-    return on_epoch and inner
+def at_once(name, method, *args, **kw):
+    """A method's phase called `name`, where nothing is shown or saved; else it is gm.Run.phase."""
+    return method(*args, **kw)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,15 +92,14 @@ def several(on_epoch, i, name, epochs, more):
 
 def imp_rounds(s):
     """Rounds of 20% that come nearest to s, by ratio: 19 for 1.44%."""
-    if s > 0.89:
-        raise gm.InputError(f"each round removes 20% of the weights: take a sparsity below 0.9, not {s:g}")
+    if not 0 < s <= 0.89:
+        raise gm.InputError(f"each round removes 20% of the weights: take a sparsity from above 0 to 0.89, not {s:g}")
     return round(math.log(s) / math.log(0.8))
 
 
-@method
 def imp(
-    f, train, *, sparsity, epochs, rewind=0, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal,
-    seed, batch_size, on_epoch, state,
+    model, train, *, sparsity, epochs, rewind=0, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal, batch_size=128,
+    seed=0, phase=at_once,
 ):  # fmt: skip
     """Iterative magnitude pruning (Frankle & Carbin, 2019; Frankle et al., 2020). Cost: `epochs`, over all rounds.
 
@@ -149,55 +109,35 @@ def imp(
     learning rate starts anew. (Theirs: BatchNorm and biases are rewound too; Rare Gems leaves them. In Frankle's
     warm rounds the learning rate goes on from that step; here, as in Rare Gems, it starts anew.)
     """
-    rounds = imp_rounds(sparsity)
-    if epochs < rounds:
+    f, rounds = gm.Network.of(model), imp_rounds(sparsity)
+    E = epochs // rounds
+    if not E:
         raise gm.InputError(f"{rounds} rounds need {rounds} epochs or more, not {epochs}")
+    if rewind and isinstance(train, gm.Batches) and rewind > len(train) * E:
+        raise gm.InputError(f"there is no step {rewind} to rewind to: a round has {len(train) * E}")
 
-    def check(steps):
-        if rewind and steps < rewind:
-            raise gm.InputError(
-                f"there is no step {rewind} to rewind to: the first round has {steps}; take less, or longer rounds"
-            )
-
-    if isinstance(train, gm.Batches):  # whose length is known
-        check(len(train) * (epochs // rounds))
-    w = start = draw(f, init, seed)
-    m, first, steps, rest = torch.ones_like(w), 0, 0, f.rest()
-    if state:
-        start, m, first, steps = state["start"].to(w), state["m"].to(w), state["number"], state["steps"]
-        rest = state["rest"]
-
-    def remembering(params, eta):
-        """sgd_decayed, which also records weights and BatchNorm after step `rewind`."""
-
-        def after_step(*_):
-            nonlocal start, rest, steps
-            steps += 1
-            if steps == rewind:
-                start, rest = params[0].detach().clone(), f.rest()
-
-        opt = gm.sgd_decayed(params, eta)
-        opt.register_step_post_hook(after_step)
-        return opt
-
-    for i in range(first, rounds):
-        w = gm.finetune(
-            f, w, m, train, epochs=epochs // rounds, lr=lr, optimizer=remembering, schedule=schedule,
-            batch_size=batch_size, seed=f"{seed}, round {i}", state=state["inner"] if state and i == first else None,
-            on_epoch=several(
-                on_epoch, i, "round", epochs // rounds,
-                lambda m=m: dict(start=start, rest=rest, m=m.bool(), steps=steps),
-            ),
+    def trained(name, i, w, m, **kw):
+        return phase(
+            name, gm.finetune, f, w, m, train, epochs=E, lr=lr, schedule=schedule, batch_size=batch_size,
+            seed=f"{seed}, round {i}", **kw,
         )  # fmt: skip
-        check(steps)
+
+    w = start = draw(f, init, seed)
+    m, rest = torch.ones_like(w), f.rest()
+    if rewind:  # the first steps of the first round, which the first round then takes once more
+        start = trained("rewind", 0, w, m, steps=rewind)
+        fresh, rest = rest, f.rest()
+        f.restore(fresh)
+    for i in range(rounds):
+        w = trained(f"round {i}", i, w, m)
         p, alive = w.abs(), int(m.count_nonzero())
-        with gm.seeded(f.device, seed, "prune", i):
-            # One more than 20%: theirs (open_lth) keeps what is strictly above the threshold.
-            m = gm.freeze(p, m, max(1, alive - math.ceil(alive / 5) - 1))
+        gm.reseed(seed, "prune", i)
+        # One more than 20%: theirs (open_lth) keeps what is strictly above the threshold.
+        m = gm.freeze(p, m, max(1, alive - math.ceil(alive / 5) - 1))
         if rewind is not None:
             w = start
             f.restore(rest)
-    return w, p, m
+    return ticket(f, w, p, m)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,13 +212,14 @@ def prospr(f, w, batches, K=3, eta=0.1):
     """
     f.train()
     x, y = next(batches())
-    x = x.contiguous()  # for MPS, as in Network.forward
+    x = x.contiguous()  # for MPS, as in Network.call
     c = torch.ones_like(w).requires_grad_()
-    others = [n for n, p in f.model.named_parameters() if n not in f.weights and p.requires_grad]
-    theta = [c * w, *(f.model.get_parameter(n) for n in others)]
+    others = f.others()
+    theta = [c * w, *others.values()]
 
     def loss():
-        return F.cross_entropy(functional_call(f.model, {**f.views(theta[0]), **dict(zip(others, theta[1:]))}, (x,)), y)
+        parameters = {**f.views(theta[0]), **dict(zip(others, theta[1:]))}
+        return F.cross_entropy(functional_call(f.model, parameters, (x,)), y)
 
     for _ in range(K):
         theta = [t - eta * g for t, g in zip(theta, torch.autograd.grad(loss(), theta, create_graph=True))]
@@ -315,27 +256,30 @@ SCORES = {
 }
 
 
-@method
 def at_init(
-    f, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, seed, batch_size, epochs, on_epoch, state
-):
+    model, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, batch_size=128, seed=0
+):  # fmt: skip
     """Keep the weights with the largest scores (invert: the smallest); score is a key of SCORES.
 
     Scores are computed on a copy of the network, so that BatchNorm's statistics stay as they are.
     """
-    how, w = SCORES[score], draw(f, init, seed)
-    cpu = how.dtype and f.device.type == "mps"  # MPS has no float64
-    f = gm.Network(copy.deepcopy(f.model).to("cpu" if cpu else f.device, how.dtype or f.dtype))
-    batches = functools.partial(gm.minibatches, train, batch_size, f.device)
+    if score not in SCORES:
+        raise gm.InputError(f"the scores are {', '.join(SCORES)}, not {score!r}")
+    ours, how = gm.Network.of(model), SCORES[score]
+    gm.check_sparsity(sparsity, ours.d)
+    w = draw(ours, init, seed)
+    device = "cpu" if how.dtype and ours.device.type == "mps" else ours.device  # MPS has no float64
+    f = gm.Network(copy.deepcopy(ours.model).to(device, how.dtype or ours.dtype))
+    batches = partial(gm.minibatches, train, batch_size, f.device)
     v, m = w.to(f.device, f.dtype), torch.ones(f.d, dtype=torch.bool, device=f.device)
-    with gm.seeded(f.device, seed, "score"):
-        for k in range(1, how.rounds + 1):
-            p = how.score(f, v * m, batches)
-            if not p.sum().isfinite():
-                raise FloatingPointError(f"{score}'s scores are not finite on this network")
-            alive, n = p[m], max(1, how.count(f.d, sparsity ** (k / how.rounds)))
-            m = m.masked_scatter(m, largest(alive, [len(alive)], [n], invert))
-    return w, p.to(w), m.to(w)
+    gm.reseed(seed, "score")
+    for k in range(1, how.rounds + 1):
+        p = how.score(f, v * m, batches)
+        if not p.sum().isfinite():
+            raise FloatingPointError(f"{score}'s scores are not finite on this network")
+        alive, n = p[m], max(1, how.count(f.d, sparsity ** (k / how.rounds)))
+        m = m.masked_scatter(m, largest(alive, [len(alive)], [n], invert))
+    return ticket(ours, w, p.to(w), m.to(w))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -350,10 +294,9 @@ def popup_count(d, s, j, E, T):
     return max(1, d - math.ceil(d * (1 - s ** (min(n, max(1, (updated + 1) // T)) / n)) - 1e-6))
 
 
-@method
 def edge_popup(
-    f, train, *, sparsity, epochs, whole=False, period=None, regularize=False, lr=0.1, init=gm.signed_constant,
-    invert=False, seed, batch_size, on_epoch, state,
+    model, train, *, sparsity, epochs, whole=False, period=None, regularize=False, lr=0.1, init=gm.signed_constant,
+    invert=False, batch_size=128, seed=0, on_epoch=None, state=None,
 ):  # fmt: skip
     """Edge-popup (Ramanujan et al., 2020): learn scores p; the network is w * m, m the top s of |p| in every layer.
 
@@ -361,9 +304,12 @@ def edge_popup(
     before: whole: the top s of the whole network; period: starting from more than s, and fewer from period to period
     (weights may return); regularize: with lambda * ||p||^2, lambda = 1e-4. Cost: `epochs`.
     """
-    w, d, s, whole = draw(f, init, seed), f.d, sparsity, whole or period
-    with gm.seeded(f.device, seed, "scores"):  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)); he_std is sqrt(2/fan_in)
-        p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w)
+    f = gm.Network.of(model)
+    d, s, whole = f.d, sparsity, whole or period
+    gm.check_sparsity(s, d)
+    w = draw(f, init, seed)
+    gm.reseed(seed, "scores")  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)); he_std is sqrt(2/fan_in)
+    p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w)
     if whole:
         sizes, goal = [d], [max(1, d - math.ceil(d * (1 - s) - 1e-6))]
     else:
@@ -374,12 +320,12 @@ def edge_popup(
         return w * gm.StraightThrough.apply(p.abs(), largest(p.detach().abs(), sizes, counts, invert))
 
     # Theirs: weight decay 5e-4 on the scores. lambda * ||p||^2 has the gradient of a weight decay of 2 * lambda.
-    decayed = functools.partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4)
     p = gm.fit(
-        f, p, effective, train, phase="edge-popup", epochs=epochs, lr=lr, optimizer=decayed, schedule=gm.cosine,
-        batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
+        f, p, effective, train, phase="edge-popup", epochs=epochs, lr=lr, schedule=gm.cosine,
+        optimizer=partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4), batch_size=batch_size, seed=seed,
+        on_epoch=on_epoch, state=state,
     ).abs()  # fmt: skip
-    return w, p, largest(p, sizes, goal, invert).to(w)
+    return ticket(f, w, p, largest(p, sizes, goal, invert).to(w))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -431,62 +377,63 @@ def random_mask(f, p, seed):
     return gm.shuffle(f, m.to(f.device, f.dtype), f"{seed}, smart ratio")
 
 
-@method
-def smart_ratio_ticket(
-    f, train, *, densities, tune=None, epochs, init=gm.kaiming_normal, seed, batch_size, on_epoch, state
-):
-    """Random weights of every layer; densities: f -> (p_1, ..., p_L).
+def smart_ratio_ticket(model, train, *, sparsity=None, densities=None, init=gm.kaiming_normal, seed=0):
+    """Random weights of every layer; densities: p_1, ..., p_L (default: smart_ratio's, for that sparsity). No cost."""
+    f = gm.Network.of(model)
+    if densities is None:
+        gm.check_sparsity(sparsity, f.d)
+        densities = smart_ratio(f.sizes, sparsity)
+    m = random_mask(f, densities, seed)
+    return ticket(f, draw(f, init, seed), m, m)
 
-    tune: with this learning rate, first minimise equation (1) of appendix B by SGD over p, with the layer's weights,
-    signed constants, kept with probability p_l, redrawn in every step (SR-v5, v6). Cost: then `epochs`.
+
+def tune_densities(model, train, p, *, epochs, lr=1e-6, batch_size=128, seed=0, on_epoch=None, state=None):
+    """Minimise equation (1) of appendix B by SGD over the densities p (SR-v5, v6). Returns the new ones.
+
+    The weights are signed constants, each kept with the probability of its layer, drawn anew in every step.
     """
-    p = densities(f)
-    if tune:
-        sizes, fixed, fresh = torch.tensor(f.sizes, device=f.device), draw(f, gm.signed_constant, seed), f.rest()
+    f = gm.Network.of(model)
+    w, sizes, fresh = draw(f, gm.signed_constant, seed), torch.tensor(f.sizes, device=f.device), f.rest()
 
-        def boxed(params, eta):
-            opt = gm.sgd(params, eta)
-            opt.register_step_post_hook(lambda *_: params[0].data.clamp_(0, 1))
-            return opt
+    def boxed(params, eta):
+        opt = gm.sgd(params, eta)
+        opt.register_step_post_hook(lambda *_: params[0].data.clamp_(0, 1))
+        return opt
 
-        p = gm.fit(
-            f, torch.tensor(p, dtype=f.dtype),
-            lambda p, j: fixed * gm.round_random(p.repeat_interleave(sizes, output_size=f.d)), train,
-            # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. That is all but constant.
-            phase="equation 1", epochs=epochs, lr=tune, optimizer=boxed, schedule=lambda eta, j, E: eta,
-            batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
-        ).tolist()  # fmt: skip
-        f.restore(fresh)
-    m = random_mask(f, p, seed)
-    return draw(f, init, seed), m, m
+    p = gm.fit(
+        f, torch.tensor(p, dtype=f.dtype),
+        lambda p, j: w * gm.round_random(p.repeat_interleave(sizes, output_size=f.d)), train,
+        # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. That is all but constant.
+        phase="equation 1", epochs=epochs, lr=lr, optimizer=boxed, schedule=lambda eta, j, E: eta,
+        batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
+    ).tolist()  # fmt: skip
+    f.restore(fresh)
+    return p
 
 
-@method
 def smart_ratio_search(
-    f, train, *, densities, trials, epochs, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal,
-    seed, batch_size, on_epoch, state,
+    model, train, *, densities, trials, epochs, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal, batch_size=128,
+    seed=0, phase=at_once,
 ):  # fmt: skip
-    """SR-v4: of `trials` of the sets of densities around f's, the one that trains best. train: a Batches.
+    """SR-v4: of `trials` of the sets of densities around these, the one that trains best. train: a Batches.
 
     Judged by a tenth of the training images, held out (the authors' code judges by the test set). Cost: `epochs`.
     """
+    f = gm.Network.of(model)
     rest, held = hold_out(train)
-    grid, fresh, w = ratio_grid(densities(f)), f.rest(), draw(f, init, seed)
-    with gm.seeded(f.device, seed, "trials"):
-        order = torch.randperm(len(grid))[:trials].tolist()
-    first, accs = (state["number"], state["accs"]) if state else (0, [])
-    for i in range(first, len(order)):
+    grid, fresh, w = ratio_grid(densities), f.rest(), draw(f, init, seed)
+    gm.reseed(seed, "trials")
+    tried, accs = torch.randperm(len(grid))[:trials].tolist(), []
+    for i, k in enumerate(tried):
         f.restore(fresh)
-        m = random_mask(f, grid[order[i]], seed)
-        v = gm.finetune(
-            f, w, m, rest, epochs=epochs // trials, lr=lr, schedule=schedule, batch_size=batch_size, seed=seed,
-            state=state["inner"] if state and i == first else None,
-            on_epoch=several(on_epoch, i, "trial", epochs // trials, lambda: dict(accs=list(accs))),
+        v = phase(
+            f"trial {i}", gm.finetune, f, w, random_mask(f, grid[k], seed), rest, epochs=epochs // trials, lr=lr,
+            schedule=schedule, batch_size=batch_size, seed=seed,
         )  # fmt: skip
         accs.append(gm.accuracy(f, held, v))
     f.restore(fresh)
-    m = random_mask(f, grid[order[accs.index(max(accs))]], seed)
-    return w, m, m
+    m = random_mask(f, grid[tried[accs.index(max(accs))]], seed)
+    return ticket(f, w, m, m)
 
 
 def hold_out(train):
@@ -494,7 +441,7 @@ def hold_out(train):
     (h, w), pad, stats = train.size, train.pad, (train.mean, train.std)
     rest, held = gm.divide(gm.Split(train.x[:, pad : pad + h, pad : pad + w], train.y), 0.1)
     size = max(1, 1_000_000 // train.size.numel())
-    return gm.Batches(rest, stats, train.batch_size, True, pad, train.shown), gm.Batches(held, stats, size)
+    return type(train)(rest, stats, train.batch_size, True, pad), gm.Batches(held, stats, size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -526,67 +473,50 @@ def parser():
         subs[name] = methods.add_parser(name, help=about, description=about)
         gm.flags_of_all_methods(subs[name])
         subs[name].set_defaults(finetune_mask="q")
-    count, rate = gm.count, gm.rate
     g = subs["imp"].add_argument_group("pruning")
-    g.add_argument("--rewind", type=gm.natural, default=0, help="to this iteration; 0, cold, is the default")
+    g.add_argument("--rewind", type=int, default=0, help="to this iteration; 0, cold, is the default")
     for name in ("imp", "lrr", "sr"):
         about = "of a round, or of a trial of sr (default: as --finetune-epochs)"
-        subs[name].add_argument("--round-epochs", type=count, help=about)
+        subs[name].add_argument("--round-epochs", type=int, help=about)
     g = subs["ep"].add_argument_group("variants of Table 3")
     g.add_argument("--global", action="store_true", help="the top scores of the whole network, not of each layer")
     g.add_argument("--gradual", action="store_true", help="--global, with fewer from period to period")
     g.add_argument("--regularize", action="store_true", help="--gradual, with an L2 penalty on the scores")
-    g.add_argument("--period", type=count, help="T of --gradual (default: Gem-Miner's)")
-    subs["ep"].add_argument("--lr", type=rate, default=0.1, help="learning rate of the scores (default: 0.1)")
+    g.add_argument("--period", type=int, help="T of --gradual (default: Gem-Miner's)")
+    subs["ep"].add_argument("--lr", type=float, default=0.1, help="learning rate of the scores (default: 0.1)")
     g = subs["sr"].add_argument_group("variants of Table 16")
     g.add_argument("--version", type=int, choices=range(1, 7), default=1, help="SR-v1 to SR-v6 (default: 1)")
-    about = (
-        "folder of the run to take densities from: a gem's for 2 and 5, IMP's (made here: cold) for 4, SR-v4's for 6"
-    )
-    g.add_argument("--from", metavar="RUN", help=f"{about} (default: make it first, below --out)")
-    g.add_argument("--trials", type=count, default=144, help="how many of SR-v4's 144 densities (default: all)")
-    g.add_argument("--lr", type=rate, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
+    about = "folder of the run that the densities come from: a gem's for 2 and 5, IMP's for 4, SR-v4's for 6"
+    g.add_argument("--from", metavar="RUN", help=about)
+    g.add_argument("--trials", type=int, default=144, help="how many of SR-v4's 144 densities (default: all)")
+    g.add_argument("--lr", type=float, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
     about = "a table or figure of the paper"
     paper = methods.add_parser("paper", help=about, description=ABOUT)
     paper.add_argument("experiment", choices=EXPERIMENTS)
-    paper.add_argument("--epochs", type=count, help="instead of the paper's; all else scales with it")
-    paper.add_argument("--seeds", type=count, default=1, help="how many, from 0 on (default: 1)")
+    paper.add_argument("--epochs", type=int, help="instead of the paper's; all else scales with it")
+    paper.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
     about = "instead of the paper's; may be repeated, as --sparsity"
     paper.add_argument("--model", action="append", choices=models.MODELS, help=about)
     paper.add_argument("--dataset", default="cifar10", help="(default: cifar10)")
-    paper.add_argument("--sparsity", action="append", type=gm.fraction)
-    paper.add_argument("--dry-run", action="store_true", help="only list the runs, and their cost in epochs")
+    paper.add_argument("--sparsity", action="append", type=gm.fraction, help="fraction of weights KEPT")
+    paper.add_argument("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
     paper.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
-    paper.add_argument(
-        "--out", type=gm.place, default=Path("runs/paper"), help="folder of the runs (default: runs/paper)"
-    )
-    about = "what a step of training costs here, dense, mining and finetuning: a table in Markdown"
+    about = "folder of the runs (default: runs/paper)"
+    paper.add_argument("--out", type=gm.place, default=Path("runs/paper"), help=about)
+    about = "what a step of training costs here: dense, mining, finetuning"
     speed = methods.add_parser("bench", help=about, description=about)
     speed.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
-    speed.add_argument("--all", action="store_true", help="every network")
-    about = "whose number, size and classes of images (random ones) to take (default: the network's in the paper)"
-    speed.add_argument("--dataset", choices=IMAGES, help=about)
-    speed.add_argument("--batch-size", type=count, help="(default: the paper's)")
-    speed.add_argument("--rounds", type=count, default=11, help="how often each is measured (default: 11)")
+    speed.add_argument("--batch-size", type=int, help="(default: the paper's)")
+    speed.add_argument("--rounds", type=int, default=11, help="how often each is measured (default: 11)")
     gm.flags_of_hardware(speed)
     return cli
 
 
-def prepared(argv):
-    """The arguments and the Plan of the run `METHOD ...`, or `gem-miner ...`."""
+def complete(argv):
+    """The arguments of the run `METHOD ...`, or `gem-miner ...`, with all that was not given."""
     if argv[0] == "gem-miner":
-        args = gm.complete(gm.read(gm.parser(), argv[1:]))
-        return args, gm.plan(args)
-    args = gm.read(parser(), argv)
-    idle = []  # flags that would change nothing
-    if args.method == "sr":
-        versions = {"--from": (2, 4, 5, 6), "--lr": (5, 6), "--trials": (4, 6), "--round-epochs": (4, 6)}
-        idle = [flag for flag, those in versions.items() if args.version not in those]
-    elif args.method == "ep" and not (args.gradual or args.regularize):
-        idle = ["--period"]
-    for word in argv:
-        if word.split("=")[0] in idle:
-            raise gm.InputError(f"{word} changes nothing in this {args.method}: leave it out")
+        return gm.complete(gm.arguments(gm.parser(), argv[1:]))
+    args = gm.arguments(parser(), argv)
     if args.method == "dense":
         args.sparsity = 1.0
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
@@ -596,42 +526,68 @@ def prepared(argv):
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
-    if "trials" in args:
-        args.trials = min(args.trials, 144)
-    how = plan(args)
-    if args.checks and not how.checks:
+    if args.method == "sr" and args.version in SOURCES and getattr(args, "from") is None:
+        needs = f"needs the densities of {SOURCES[args.version]}"
+        raise gm.InputError(f"sr --version {args.version} {needs}: give the folder of such a run as --from")
+    if args.checks and not plan(args)["checks"]:
         raise gm.InputError(f"{args.method} finds no ticket at initialisation to check: leave --checks out")
-    return args, how
+    return args
 
 
 def plan(args):
-    """A method as gem_miner.run_command needs it."""
-    name, s, text, draws = args.method, args.sparsity, METHODS[args.method], gm.kaiming_normal
-    training = dict(lr=args.finetune_lr, schedule=gm.finetune_schedule(args))
+    """A method, as the arguments of gem_miner.run_command."""
+    name, s, text = args.method, args.sparsity, METHODS.get(args.method)
+    training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
+    kaiming, all_checks = gm.kaiming_normal, ("shuffle", "reinit", "invert")
+    if name == "gem-miner":
+        return gm.plan(args)
     if name in SCORES:
+
+        def find(run, phase, f, train, **kw):
+            return run.once(phase, at_init, f, train, score=name, sparsity=s, **kw)
+
+        checks = {"dense": (), "random": all_checks[:2]}.get(name, all_checks)
         epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
-        checks = {"dense": (), "random": ("shuffle", "reinit")}.get(name, ("shuffle", "reinit", "invert"))
-        return gm.Plan(functools.partial(at_init, score=name, sparsity=s), epochs, text, draws, checks=checks)
+        return {"find": find, "epochs": epochs, "text": text, "draw": kaiming, "checks": checks}
     if name in ("imp", "lrr"):
-        find = functools.partial(imp, sparsity=s, rewind=args.rewind if name == "imp" else None, **training)
-        checks = ("shuffle", "reinit") if name == "imp" else ()
         rounds, E = imp_rounds(s), args.round_epochs
-        return gm.Plan(find, rounds * E, f"{text}: {rounds} rounds of {E} epochs", draws, checks=checks)
+        rewind = args.rewind if name == "imp" else None
+
+        def find(run, phase, f, train, **kw):
+            return imp(f, train, sparsity=s, epochs=rounds * E, rewind=rewind, phase=run.phase, **training, **kw)
+
+        checks, text = all_checks[:2] if name == "imp" else (), f"{text}: {rounds} rounds of {E} epochs"
+        return {"find": find, "epochs": rounds * E, "text": text, "draw": kaiming, "checks": checks}
     if name == "ep":
         gradual = args.gradual or args.regularize
         whole = gradual or getattr(args, "global")
-        variant = dict(whole=whole, period=args.period if gradual else None, regularize=args.regularize)
+        variant = {"whole": whole, "period": args.period if gradual else None, "regularize": args.regularize}
+
+        def find(run, phase, f, train, **kw):
+            return run.phase(
+                phase, edge_popup, f, train, epochs=args.epochs, sparsity=s, lr=args.lr, **variant, **kw
+            )  # fmt: skip
+
         text += f", {args.epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
         text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
-        find = functools.partial(edge_popup, sparsity=s, lr=args.lr, **variant)
-        return gm.Plan(find, args.epochs, text)
-    start = functools.partial(densities, args)
-    if args.version == 4:
-        find = functools.partial(smart_ratio_search, densities=start, trials=args.trials, **training)
-    else:
-        find = functools.partial(smart_ratio_ticket, densities=start, tune=args.lr if args.version > 4 else None)
+        return {"find": find, "epochs": args.epochs, "text": text, "draw": gm.signed_constant, "checks": all_checks}
+
+    def find(run, phase, f, train, init, seed):
+        p = densities(args, f)
+        if args.version == 4:
+            return smart_ratio_search(
+                f, train, densities=p, trials=args.trials, epochs=epochs, init=init, seed=seed, phase=run.phase, **training
+            )  # fmt: skip
+        if args.version > 4:
+            p = run.phase("densities", tune_densities, f, train, p, epochs=args.epochs, lr=args.lr, seed=seed)
+        return smart_ratio_ticket(f, train, densities=p, init=init, seed=seed)
+
     epochs = {4: args.trials * args.round_epochs, 5: args.epochs, 6: args.epochs}.get(args.version, 0)
-    return gm.Plan(find, epochs, f"{text}, version {args.version}", draws, checks=("shuffle", "reinit"))
+    text += f", version {args.version}"
+    return {"find": find, "epochs": epochs, "text": text, "draw": kaiming, "checks": all_checks[:2]}
+
+
+SOURCES = {2: "Gem-Miner", 4: "IMP", 5: "Gem-Miner", 6: "SR-v4"}  # of the densities of a version of smart ratio
 
 
 def densities(args, f):
@@ -640,73 +596,79 @@ def densities(args, f):
     1: smart_ratio. 2: the same, but first and last layer as in a gem. 3: but first and last layer dense.
     4: those of IMP, then smart_ratio_search. 5 and 6: those of 2 and 4, then tuned by equation (1).
     """
+    if args.version in SOURCES:
+        found = densities_of(Path(getattr(args, "from")) / "gem.pt", f, args.sparsity)
     if args.version in (4, 6):
-        return densities_of(source(args), f, args.sparsity)
+        return found
     p = smart_ratio(f.sizes, args.sparsity, args.model.startswith("vgg"))
     if args.version == 3:
         p[0] = p[-1] = 1.0
     elif args.version in (2, 5):
-        gem = densities_of(source(args), f, args.sparsity)
-        p[0], p[-1] = gem[0], gem[-1]
+        p[0], p[-1] = found[0], found[-1]
     return p
 
 
-def densities_of(folder, f, s):
-    """The fraction that the run in `folder`, which is of sparsity s, keeps of each layer of f."""
-    found = gm.load_gem(folder, f)
-    gm.same_settings({"sparsity": s}, found["settings"], folder)
-    return [m.count_nonzero().item() / m.numel() for m in found["mask"].values()]
-
-
-def source(args):
-    """The folder of the run that args.version builds on: --from, or a search made now."""
-    found = getattr(args, "from")
-    if found is None:
-        found = args.out / "source"
-        rounds = ["--round-epochs", args.round_epochs, "--finetune-lr", args.finetune_lr]
-        argv = {4: ["imp", *rounds], 6: ["sr", "--version", 4, "--trials", args.trials, *rounds]}
-        argv = argv.get(args.version, ["gem-miner"])
-        for name in ("model", "dataset", "sparsity", "image_size", "seed", "batch_size", "data_dir"):
-            if getattr(args, name) is not None:
-                argv += ["--" + name.replace("_", "-"), getattr(args, name)]
-        argv += ["--device", args.device.type, "--bf16" if args.bf16 else "--no-bf16", *["--val"] * args.val]
-        argv += ["--epochs", args.finetune_epochs or args.epochs, "--finetune-epochs", 0, "--out", found]
-        completed([str(a) for a in argv])
-    return Path(found)
-
-
-def completed(argv, make=True):
-    """The result of the run `argv`, log included: the one in its folder, or else None, or (make) run or resumed now."""
-    args, how = prepared(argv)
-
-    def result():
-        try:
-            log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-            found = json.loads((args.out / "result.json").read_text())
-            return found | {"log": log} if found.pop("checksum") == gm.checksum(found, log) else None
-        except (AttributeError, KeyError, OSError, TypeError, ValueError):  # not there, or damaged
-            return None
-
-    try:
-        found = result()
-        if found:
-            gm.same_settings(gm.settings(args), found, args.out)
-        if make and (not found or (args.checks and "checks" not in found)):
-            args.resume = (args.out / "checkpoint.pt").exists()
-            gm.run_command(args, how)
-            found = result()
-    except (gm.InputError, FloatingPointError) as e:
-        raise gm.InputError(f"{args.command}: {e}") from e
-    return found
+def densities_of(path, f, s):
+    """The fraction that the gem in a file, which is of sparsity s, keeps of each layer of f."""
+    if not path.is_file():
+        raise gm.InputError(f"there is no {path}, which a run writes when it has found what to keep: choose another --from")
+    found = gm.read(path)
+    masks = found.get("mask", {})
+    if {name: tuple(m.shape) for name, m in masks.items()} != dict(zip(f.names, f.shapes)):
+        raise gm.InputError(f"{path} is not a gem of this network: choose another --from")
+    gm.same_settings({"sparsity": s}, found["settings"], path)
+    return [m.count_nonzero().item() / m.numel() for m in masks.values()]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The paper's tables and figures
 # ------------------------------------------------------------------------------------------------------------
 
-ABOUT = """Run what a table or figure of the paper needs, one run after the other (complete runs in --out are taken as
-they are, others resumed), and print it in Markdown, the paper's own figures beside ours. Other flags, such as
---bf16, go to every run."""
+ABOUT = """Run what a table or figure of the paper needs, one run after the other, and print it in Markdown, the paper's
+own figures beside ours. Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go
+to every run."""
+
+
+def commands(model, E, folder):
+    """{label: its command} of all runs, each with E where the paper has its own number of epochs for the network.
+
+    folder: label -> folder of that run.
+    """
+    scale = E / gm.paper_setting(model, "cifar10", 1).epochs
+
+    def n(number):
+        return max(1, round(number * scale))
+
+    warm = n(2000 if model in ("vgg16", "wrn28_2") else 1000)
+    return {
+        "Gem-Miner": "gem-miner",
+        "Long Gem-Miner": f"gem-miner --epochs {20 * E} --period {E} --finetune-epochs {E}",
+        "Dense": "dense",
+        "IMP (warm)": f"imp --rewind {warm}",
+        "IMP (cold)": "imp",
+        "IMP (short, warm)": f"imp --round-epochs {n(8)} --rewind {warm}",
+        "IMP (short, cold)": f"imp --round-epochs {n(8)}",
+        "Renda et al.": "lrr",
+        "SNIP": "snip",
+        "GraSP": "grasp",
+        "SynFlow": "synflow",
+        "ProsPr": f"prospr --finetune-epochs {n(200)}",
+        "EP": "ep",
+        "EP (batch 256)": "ep --batch-size 256",
+        "Global EP": "ep --global --batch-size 256",
+        "+ Gradual Pruning": "ep --gradual --batch-size 256",
+        "+ Regularization": "ep --regularize --batch-size 256",
+        "SR": "sr",
+        "SR-v2": f"sr --version 2 --from {folder('Gem-Miner')}",
+        "SR-v3": "sr --version 3",
+        "SR-v4": f"sr --version 4 --from {folder('IMP (warm)')} --trials {min(144, n(144))}",
+        # 1.53 and 1.47% in Table 16 are the densities of the authors' tuning after 10 epochs.
+        "SR-v5": f"sr --version 5 --from {folder('Gem-Miner')} --epochs {n(10)} --finetune-epochs {E}",
+        "SR-v6": f"sr --version 6 --from {folder('SR-v4')} --epochs {n(10)} --finetune-epochs {E}",
+        **{f"GM, lambda {lam}": f"gem-miner --lam {lam}" for lam in ("0", "3e-6", "7e-6", "1.5e-5")},
+        **{f"GM, lr {lr}": f"gem-miner --lr {lr}" for lr in ("0.01", "0.001", "0.0001", "0.00001")},
+    }
+
 
 COLUMNS = {  # from a result.json
     "search epochs": lambda r: r["search_epochs"],
@@ -720,19 +682,11 @@ COLUMNS = {  # from a result.json
     "reinitialised": lambda r: r["checks"]["reinit"]["post_finetune_acc"],
     "inverted": lambda r: r["checks"]["invert"]["post_finetune_acc"],
 }
-CURVES = {  # title: (phases, what to read of a row of log.jsonl)
-    "r(p)q, %": (("mine",), lambda row, r: 100 * row["m"] / r["total"]),
-    "q, the upper bound, %": (("mine",), lambda row, r: 100 * row["q"] / r["total"]),
-    "accuracy, %": (("mine", "finetune"), lambda row, r: row["test_acc"]),
+CURVES = {  # title: what to read of each row of the log
+    "r(p)q, %": lambda r: [100 * row["m"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
+    "q, the upper bound, %": lambda r: [100 * row["q"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
+    "accuracy, %": lambda r: [row["test_acc"] for row in r["log"] if row["phase"] in ("mine", "finetune")],
 }
-
-
-def by_epoch(phases, read, r):
-    """What read() finds in the log of the result r; rows of a stage belong to no epoch of the run as a whole."""
-    return [read(row, r) for row in r["log"] if row["phase"] in phases and "stage" not in row]
-
-
-CHECKED = ("shuffled", "reinitialised", "inverted")
 
 
 class Experiment(NamedTuple):
@@ -740,108 +694,96 @@ class Experiment(NamedTuple):
     models: tuple
     sparsities: tuple  # (): those of Tables 8 to 11; (None,): the rows have their own
     columns: tuple  # keys of COLUMNS
-    rows: dict  # label: (command, {column: the paper's figure}); @LABEL stands for the folder of that row's run
+    rows: dict  # label (a key of commands): {column: the paper's figure}
     at: tuple = ()  # the (model, sparsity) that the paper's figures are for; (): the first
+    checked: tuple = ()  # labels of the runs that take the sanity checks
+    own: dict = {}  # label: its own sparsity
     curves: tuple = ()  # keys of CURVES, to give by epoch
     layers: dict | None = None  # to give by layer; (label, model, sparsity): what the authors' own keeps of each
 
 
 CIFAR = ("resnet20", "mobilenetv2", "vgg16", "wrn28_2")
-WARM = {"vgg16": 2000, "wrn28_2": 2000}  # iterations that warm IMP rewinds to, where not 1000
-COMPARED = {
-    "Gem-Miner": ("gem-miner --checks", {"after": 77.89}),
-    "IMP (warm)": ("imp --rewind {warm}", {"after": 74.52}),
-    "Renda et al.": ("lrr", {"after": 80.21}),
-    "EP": ("ep", {}),
-    "SR": ("sr", {"after": 65.61}),
-}
+CHECKED = ("shuffled", "reinitialised", "inverted")
 EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: what each method takes to find 1.4% of ResNet-20", ("resnet20",), (0.0144,),
         ("search epochs", "kept %", "before", "BN re-estimated", "after", *CHECKED), {
-            "IMP": ("imp --rewind {warm} --checks", {"search epochs": 2850}),
-            "SNIP": ("snip --checks", {"search epochs": 1}),
-            "GraSP": ("grasp --checks", {"search epochs": 1}),
-            "SynFlow": ("synflow --checks", {"search epochs": 1}),
-            "Edge-popup": ("ep --checks", {"search epochs": 150}),
-            "Smart Ratio": ("sr --checks", {"search epochs": "O(1)"}),
-            "Learning Rate Rewinding": ("lrr", {"search epochs": 3000}),  # with the last training
-            "Gem-Miner": ("gem-miner --checks", {"search epochs": 150}),
-        }),
+            "IMP (warm)": {"search epochs": 2850},
+            "SNIP": {"search epochs": 1},
+            "GraSP": {"search epochs": 1},
+            "SynFlow": {"search epochs": 1},
+            "EP": {"search epochs": 150},
+            "SR": {"search epochs": "O(1)"},
+            "Renda et al.": {"search epochs": 3000},  # with the last training
+            "Gem-Miner": {"search epochs": 150},
+        }, checked=("IMP (warm)", "SNIP", "GraSP", "SynFlow", "EP", "SR", "Gem-Miner")),
     "table2": Experiment(
         # ProsPr's 82.67% is with its authors' recipe: weight decay 5e-4, batches of 256, drops after 100 and 150 epochs.
         "Table 2: ProsPr and Gem-Miner", ("resnet20",), (None,), ("kept %", "after", "shuffled", "reinitialised"), {
-            "ProsPr": ("prospr --sparsity 0.05 --finetune-epochs 200 --checks",
-                       {"kept %": 5, "after": 82.67, "shuffled": 82.15, "reinitialised": 81.64}),
-            "Gem-Miner": ("gem-miner --sparsity 0.0372 --checks",
-                          {"kept %": 3.72, "after": 83.4, "shuffled": 78.73, "reinitialised": 78.6}),
-        }),
+            "ProsPr": {"kept %": 5, "after": 82.67, "shuffled": 82.15, "reinitialised": 81.64},
+            "Gem-Miner": {"kept %": 3.72, "after": 83.4, "shuffled": 78.73, "reinitialised": 78.6},
+        }, checked=("ProsPr", "Gem-Miner"), own={"ProsPr": 0.05, "Gem-Miner": 0.0372}),
     "table3": Experiment(
         "Table 3: from edge-popup to Gem-Miner", ("resnet20",), (0.0059,),
         ("kept %", "before", "BN re-estimated", "after"), {
-            "EP": ("ep --batch-size 256", {"before": 19.57, "after": 24.47}),
-            "Global EP": ("ep --global --batch-size 256", {"before": 22.22, "after": 34.42}),
-            "+ Gradual Pruning": ("ep --gradual --batch-size 256", {"before": 31.56, "after": 63.54}),
-            "+ Regularization": ("ep --regularize --batch-size 256", {"before": 19.67, "after": 63.72}),
-            "Gem-Miner": ("gem-miner", {"before": 45.30, "after": 66.15}),
+            "EP (batch 256)": {"before": 19.57, "after": 24.47},
+            "Global EP": {"before": 22.22, "after": 34.42},
+            "+ Gradual Pruning": {"before": 31.56, "after": 63.54},
+            "+ Regularization": {"before": 19.67, "after": 63.72},
+            "Gem-Miner": {"before": 45.30, "after": 66.15},
         }),
     "table4": Experiment(
         # The paper's 3000 are 19 rounds and a last training of 150 epochs. Long Gem-Miner: 3000 to mine, 150 to train.
         "Table 4: Long Gem-Miner", ("resnet20",), (0.0144,), ("all epochs", "kept %", "after"), {
-            "GM (cold)": ("gem-miner", {"all epochs": 300, "after": 77.89}),
-            "Long GM (cold)": ("gem-miner --epochs {long} --period {E} --finetune-epochs {E}",
-                               {"all epochs": 3000, "after": 79.50}),
-            "IMP (warm)": ("imp --rewind {warm}", {"all epochs": 3000, "after": 74.52}),
-            "Renda et al.": ("lrr", {"all epochs": 3000, "after": 80.21}),
+            "Gem-Miner": {"all epochs": 300, "after": 77.89},
+            "Long Gem-Miner": {"all epochs": 3000, "after": 79.50},
+            "IMP (warm)": {"all epochs": 3000, "after": 74.52},
+            "Renda et al.": {"all epochs": 3000, "after": 80.21},
         }),
     "table16": Experiment(
         "Table 16: how far random pruning goes (IMP, not in the table, is where SR-v4 starts)",
         ("resnet20",), (0.0144,), ("kept %", "after"), {
-            "Gem-Miner": ("gem-miner", {"kept %": 1.44, "after": 77.89}),
-            "IMP": ("imp --rewind {warm}", {}),
-            "SR-v1": ("sr", {"kept %": 1.44, "after": 65.61}),
-            "SR-v2": ("sr --version 2 --from @Gem-Miner", {"kept %": 1.47, "after": 68.59}),
-            "SR-v3": ("sr --version 3", {"kept %": 1.75, "after": 69.78}),
-            "SR-v4": ("sr --version 4 --from @IMP --trials 144", {"kept %": 1.44, "after": 69.92}),
-            # 1.53 and 1.47% are the densities of the authors' tuning after 10 epochs.
-            "SR-v5": ("sr --version 5 --from @Gem-Miner --epochs 10 --finetune-epochs {E}",
-                      {"kept %": 1.53, "after": 69.01}),
-            "SR-v6": ("sr --version 6 --from @SR-v4 --epochs 10 --finetune-epochs {E}",
-                      {"kept %": 1.47, "after": 69.08}),
+            "Gem-Miner": {"kept %": 1.44, "after": 77.89},
+            "IMP (warm)": {},
+            "SR": {"kept %": 1.44, "after": 65.61},
+            "SR-v2": {"kept %": 1.47, "after": 68.59},
+            "SR-v3": {"kept %": 1.75, "after": 69.78},
+            "SR-v4": {"kept %": 1.44, "after": 69.92},
+            "SR-v5": {"kept %": 1.53, "after": 69.01},
+            "SR-v6": {"kept %": 1.47, "after": 69.08},
         }),
     "fig2": Experiment(
         "Fig. 2: density while mining MobileNet-V2 (q is the upper bound)", ("mobilenetv2",), (None,),
         ("r(p)q %", "before", "after"), {  # lambda and s as in Table 9
-            "GM, lambda 0": ("gem-miner --lam 0 --sparsity 0.5", {"r(p)q %": "around 50"}),
-            "GM, lambda 3e-6": ("gem-miner --lam 3e-6 --sparsity 0.2", {}),
-            "GM, lambda 7e-6": ("gem-miner --lam 7e-6 --sparsity 0.05", {"r(p)q %": 2.5}),
-            "GM, lambda 1.5e-5": ("gem-miner --lam 1.5e-5 --sparsity 0.0144",
-                                  {"r(p)q %": 1.4, "before": 84.62, "after": 87.37}),
-            "EP": ("ep --sparsity 0.0144", {}),
-        }, curves=("r(p)q, %", "q, the upper bound, %")),
+            "GM, lambda 0": {"r(p)q %": "around 50"},
+            "GM, lambda 3e-6": {},
+            "GM, lambda 7e-6": {"r(p)q %": 2.5},
+            "GM, lambda 1.5e-5": {"r(p)q %": 1.4, "before": 84.62, "after": 87.37},
+            "EP": {},
+        }, own={"GM, lambda 0": 0.5, "GM, lambda 3e-6": 0.2, "GM, lambda 7e-6": 0.05, "GM, lambda 1.5e-5": 0.0144,
+                "EP": 0.0144}, curves=("r(p)q, %", "q, the upper bound, %")),
     "fig3": Experiment(
-        "Fig. 3: accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (), ("kept %", "after", *CHECKED),
-        {**COMPARED, "Dense": ("dense", {})}, at=("resnet20", 0.0144)),
+        "Fig. 3: accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (), ("kept %", "after", *CHECKED), {
+            "Gem-Miner": {"after": 77.89},
+            "IMP (warm)": {"after": 74.52},
+            "Renda et al.": {"after": 80.21},
+            "EP": {},
+            "SR": {"after": 65.61},
+            "Dense": {},
+        }, at=("resnet20", 0.0144), checked=("Gem-Miner",)),
     "fig5": Experiment(
-        "Fig. 5: accuracy by epoch: mining, then finetuning", ("mobilenetv2",), (0.0144,), ("kept %", "before", "after"), {
-            "Gem-Miner": ("gem-miner", {"kept %": 1.16}),
-            "Weight training": ("dense", {}),
-            "IMP, finetuned": ("imp --rewind {warm}", {}),
-        }, curves=("accuracy, %",)),
+        "Fig. 5: accuracy by epoch: mining, then finetuning", ("mobilenetv2",), (0.0144,),
+        ("kept %", "before", "after"), {"Gem-Miner": {"kept %": 1.16}, "Dense": {}, "IMP (warm)": {}},
+        curves=("accuracy, %",)),
     "fig6": Experiment(
         "Fig. 6: accuracy before finetuning", CIFAR, (), ("kept %", "before", "BN re-estimated"),
-        {label: (command.removesuffix(" --checks"), {"before": 84.62} if label == "Gem-Miner" else {})
-         for label, (command, _) in COMPARED.items() if label != "Renda et al."}, at=("mobilenetv2", 0.0144)),
+        {"Gem-Miner": {"before": 84.62}, "IMP (warm)": {}, "EP": {}, "SR": {}}, at=("mobilenetv2", 0.0144)),
     "fig7": Experiment(
-        "Fig. 7: what is kept of each layer", ("resnet20",), (0.5, 0.0373, 0.0144, 0.0059), ("kept %",), {
-            "Gem-Miner": ("gem-miner", {}),
-            "IMP": ("imp --rewind {warm}", {}),
-            "SR": ("sr", {}),
-            "EP": ("ep", {}),
-        }, layers={
+        "Fig. 7: what is kept of each layer", ("resnet20",), (0.5, 0.0373, 0.0144, 0.0059), ("kept %",),
+        {"Gem-Miner": {}, "IMP (warm)": {}, "SR": {}, "EP": {}}, layers={
             ("Gem-Miner", "resnet20", 0.0144): (
                 149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
-            ("IMP", "resnet20", 0.0144): (
+            ("IMP (warm)", "resnet20", 0.0144): (
                 194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
             ("Gem-Miner", "resnet20", 0.0059): (
                 111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
@@ -849,62 +791,56 @@ EXPERIMENTS = {
     "fig9": Experiment(
         "Fig. 9: accuracy before and after finetuning, VGG-16", ("vgg16",), (0.014, 0.005),
         ("kept %", "before", "after"), {
-            **{f"GM, lr {lr}": (f"gem-miner --lr {lr}", {}) for lr in ("0.01", "0.001", "0.0001", "0.00001")},
-            "EP": ("ep", {}),
-            "SR": ("sr", {}),
-        }),
+            "GM, lr 0.01": {}, "GM, lr 0.001": {}, "GM, lr 0.0001": {}, "GM, lr 0.00001": {}, "EP": {}, "SR": {}}),
     "fig10": Experiment(
         "Fig. 10: four kinds of IMP", ("resnet20",), (), ("kept %", "before", "after"), {
-            "Gem-Miner": ("gem-miner", {"after": 77.89}),
-            "IMP, short, cold": ("imp --round-epochs 8", {}),
-            "IMP, short, warm": ("imp --round-epochs 8 --rewind {warm}", {}),
-            "IMP, long, cold": ("imp", {}),
-            "IMP, long, warm": ("imp --rewind {warm}", {"after": 74.52}),
+            "Gem-Miner": {"after": 77.89},
+            "IMP (short, cold)": {},
+            "IMP (short, warm)": {},
+            "IMP (cold)": {},
+            "IMP (warm)": {"after": 74.52},
         }, at=("resnet20", 0.0144)),
 }  # fmt: skip
-SCALED = ("--epochs", "--period", "--finetune-epochs", "--round-epochs", "--rewind", "--trials")
 
 
 def runs_of(experiment, args, more):
     """{(label, model, sparsity, seed): argv} of all runs of an Experiment, in order."""
     runs = {}
     for model in args.model or experiment.models:
+        E = args.epochs or gm.paper_setting(model, args.dataset, 1).epochs
         listed = [row[2] for row in gm.PAPER if row[:2] == (model, "cifar10")]
         sparsities = args.sparsity or experiment.sparsities or listed
         if not sparsities:
             raise gm.InputError(f"the paper has no sparsities for --model {model} here: give --sparsity")
-        E = gm.paper_setting(model, "cifar10", 1).epochs  # what the numbers in EXPERIMENTS are for
-        epochs = args.epochs or gm.paper_setting(model, args.dataset, 1).epochs
-        for s, seed in itertools.product(sparsities, range(args.seeds)):
-            for label, (command, _) in experiment.rows.items():
-                argv = command.format(warm=WARM.get(model, 1000), E=E, long=20 * E).split()
-                for name, value in (("--model", model), ("--dataset", args.dataset), ("--seed", seed)):
-                    argv += [name, str(value)]
-                if s and argv[0] != "dense":
-                    argv += ["--sparsity", str(s)]
-                if epochs != E:
-                    argv += [] if "--epochs" in argv else ["--epochs", str(E)]
-                    for i in range(1, len(argv)):
-                        if argv[i - 1] in SCALED and argv[i] != "0":
-                            argv[i] = str(max(1, round(int(argv[i]) * epochs / E)))
-                source = [runs[a[1:], model, s, seed][-1] for a in argv if a.startswith("@")]
-                options = {}
-                for a in [*(source[0] if a.startswith("@") else a for a in argv[1:]), *more]:
-                    if a.startswith("--"):
-                        values = options[a] = []  # given twice, the later counts
-                    else:
-                        values.append(a)
-                argv = [argv[0], *itertools.chain(*([name, *values] for name, values in options.items()))]
-                for aside in ("--checks", "--from", "--device", "--data-dir", "--compile"):
-                    options.pop(aside, None)
-                words = itertools.chain([argv[0]], *([name, *values] for name, values in options.items()))
-                plain = ("--model", "--dataset", "--sparsity")
-                name = re.sub(r"[^\w.]+", "-", " ".join(a for a in words if a not in plain))
-                runs[label, model, s, seed] = [*argv, "--out", str(args.out / name)]
+        for s, seed, label in itertools.product(sparsities, range(args.seeds), experiment.rows):
+            kept = 1.0 if label == "Dense" else s or experiment.own[label]
+            place = f"{model}-{kept:g}-seed{seed}"
+
+            def folder(label, place=place):
+                words = "".join(c if c.isalnum() or c in "-." else " " for c in label).split()
+                return shlex.quote(str(args.out / "-".join([*words, place])))
+
+            argv = shlex.split(commands(model, E, folder)[label])
+            argv += [] if "--epochs" in argv else ["--epochs", str(E)]
+            argv += ["--model", model, "--dataset", args.dataset, "--sparsity", str(kept), "--seed", str(seed)]
+            argv += ["--checks"] * (label in experiment.checked) + more
+            runs[label, model, s, seed] = [*argv, "--out", *shlex.split(folder(label))]
     return runs
 
 
-def paper(args, more, command):
+def result_of(args):
+    """The result of a run, its log included, if it is complete; else None."""
+    path = args.out / "result.json"
+    try:
+        result = json.loads(path.read_text())
+        log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):  # not there, or damaged: a run writes it anew
+        return None
+    gm.same_settings(gm.settings(args), result, path)
+    return None if args.checks and "checks" not in result else {**result, "log": log}
+
+
+def paper(args, more):
     """Run an experiment, and print it in Markdown."""
     experiment = EXPERIMENTS[args.experiment]
     more = [a for a in more if a != "--resume"]  # it always does
@@ -912,20 +848,50 @@ def paper(args, more, command):
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
     if "accuracy, %" in experiment.curves and any(a.split("=")[0] == "--eval-every" for a in more):
         raise gm.InputError(f"{args.experiment} draws the accuracy of every epoch: leave --eval-every out")
-    runs = runs_of(experiment, args, more)
-    costs = {args.command: how.cost(args) for args, how in map(prepared, runs.values())}
+    runs = {key: complete(argv) for key, argv in runs_of(experiment, args, more).items()}
     if args.dry_run:
-        rows = [[f"`{name}`", f"{cost:,}"] for name, cost in costs.items()]
-        print(markdown(["run", "epochs, all in all"], [*rows, [f"{len(rows)} runs", f"{sum(costs.values()):,}"]]))
+        dry_run(runs.values())
         return
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
-            found = {key: completed(argv, not args.so_far) for key, argv in runs.items()}
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(command) from None
-    results = {key: result for key, result in found.items() if result}
+    results = {}
+    with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
+        for key, run in runs.items():
+            results[key] = result_of(run)
+            if not results[key] and not args.so_far:
+                run.resume = begun(run)
+                made(run)
+                results[key] = result_of(run)
+    results = {key: result for key, result in results.items() if result}
     if not results:
         raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
+    show(experiment, args, list(runs), results)
+
+
+def begun(run):
+    return any(run.out.glob("*.pt"))
+
+
+def made(run):
+    try:
+        gm.run_command(run, **plan(run))
+    except (gm.InputError, FloatingPointError) as e:
+        raise gm.InputError(f"{run.command}: {e}") from e
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("give the same command again") from None
+
+
+def dry_run(runs):
+    """Print the commands, those of complete runs as comments, and what they cost."""
+    costs = []
+    for run in {run.command: run for run in runs}.values():
+        how = plan(run)
+        costs.append(gm.cost(run, how["epochs"], how["checks"] if run.checks else ()))
+        done = "# complete: " if result_of(run) else ""
+        print(f"{done}{run.command}{' --resume' * begun(run)}  # {costs[-1]:,} epochs")
+    print(f"# {len(costs)} runs, {sum(costs):,} epochs")
+
+
+def show(experiment, args, keys, results):
+    """Print an experiment: a table, and what can be drawn. keys: (label, model, sparsity, seed) of all its runs."""
 
     def of_seeds(read, *key):
         """What read() finds in the result of each seed; nothing where it has no such check."""
@@ -938,25 +904,27 @@ def paper(args, more, command):
     if any(r["images"] != first["images"] for r in results.values()):
         raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
     print(
-        f"## {experiment.about}\n\n{args.dataset}, {'up to ' * args.so_far}{args.seeds} seed{'s, mean ± standard deviation' * (args.seeds > 1)},"
-        f" {first['device']}, torch {first['torch']}; accuracies in % of the"
-        f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
+        f"## {experiment.about}\n\n{args.dataset}, {'up to ' * args.so_far}{args.seeds} seed"
+        f"{'s, mean ± standard deviation' * (args.seeds > 1)}, {first['device']}, torch {first['torch']}; accuracies in"
+        f" % of the {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of"
+        " epochs.\n"
     )
-    points = list(dict.fromkeys(key[:3] for key in runs))
+    points = list(dict.fromkeys(key[:3] for key in keys))
     at = experiment.at or (experiment.models[0], experiment.sparsities[0])
-    known = {c for _, figures in experiment.rows.values() for c in figures if at in [key[1:] for key in points]}
+    known = {c for label, *place in points if tuple(place) == at for c in experiment.rows[label]}
     head, rows = ["method", "network", "sparsity"], []
     for c in experiment.columns:
         head += [c, "paper" if args.dataset == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
-    for label, model, s in points:
-        found = of_seeds(lambda r: r["sparsity"], label, model, s)
+    for point in points:
+        label, model, s = point
+        found = of_seeds(lambda r: r["sparsity"], *point)
         rows.append([label, model, percent(found[0]) if found else "not run"])
         for c in experiment.columns:
-            rows[-1].append(spread(of_seeds(COLUMNS[c], label, model, s), 3 if "%" in c else 2))
+            rows[-1].append(spread(of_seeds(COLUMNS[c], *point), 3 if "%" in c else 2))
             if c in known:
-                rows[-1].append(experiment.rows[label][1].get(c, "") if (model, s) == at else "")
+                rows[-1].append(experiment.rows[label].get(c, "") if (model, s) == at else "")
     print(markdown(head, rows))
-    for title, x, xs, lines in pictures(experiment, [key for key in points if of_seeds(len, *key)], of_seeds):
+    for title, x, xs, lines in pictures(experiment, [point for point in points if of_seeds(len, *point)], of_seeds):
         if x != "sparsity":  # those points are in the table already
             columns = [[f"{y:.2f}" for y in line] + [""] * (len(xs) - len(line)) for line in lines.values()]
             print(markdown([x, *lines], zip(xs, *columns)))
@@ -979,8 +947,7 @@ def pictures(experiment, points, of_seeds):
                 yield f"{model}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
         for s in sparsities if experiment.curves else ():
             for title in experiment.curves:
-                curve = functools.partial(by_epoch, *CURVES[title])
-                lines = {label: means(curve, label, model, s) for label in experiment.rows}
+                lines = {label: means(CURVES[title], label, model, s) for label in experiment.rows}
                 lines = {label: line for label, line in lines.items() if line}
                 yield f"{model}: {title}", "epoch", range(1, 1 + max(map(len, lines.values()))), lines
         for s in sparsities if experiment.layers else ():
@@ -1029,141 +996,60 @@ def chart(title, xs, lines):
 # Speed
 # ------------------------------------------------------------------------------------------------------------
 
-IMAGES = {  # side, classes, images to train on
-    "cifar10": (32, 10, 50_000),
-    "cifar100": (32, 100, 50_000),
-    "tinyimagenet": (64, 200, 100_000),
-    "caltech101": (224, 101, 5_205),
-    "shapes": (32, 10, 4_500),
-}
-
-
-class Stopwatch:
-    """What `batches` gives; each pass adds to `seconds` how long it took, with all that was done in between."""
-
-    def __init__(self, batches, device):
-        self.batches, self.wait, self.seconds = batches, getattr(torch, device.type).synchronize, []
-
-    def __iter__(self):
-        self.wait()
-        start = time.perf_counter()
-        yield from self.batches
-        self.wait()
-        self.seconds.append(time.perf_counter() - start)
-
-
-def peak(work, device):
-    """The most memory, in bytes, that tensors of work() hold at a time."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ["KINETO_LOG_LEVEL"] = "9"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        work()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
 
 def bench(args):
-    """Print what the networks cost."""
+    """Print what a step costs here: of training as anybody writes it, of mining, and of finetuning, in turn."""
     import models
 
     gm.hardware(args)
-    print(
-        f"{args.device.type}, {'bfloat16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'},"
-        f" torch {torch.__version__}; {args.rounds} rounds; medians ± half the interquartile range. Seconds are noise"
-        " on a shared machine, the ratios less so.\n"
-    )
-    names = list(models.MODELS) if args.all else [args.model]
-    for name in names:
-        cells = costs(name, args)
-        if name == names[0]:
-            print(markdown(cells, []), end="")
-        print(f"| {' | '.join(cells.values())} |", flush=True)
-
-
-def costs(name, args):
-    """{column: what the network called `name` costs}."""
-    import models
-
-    paper = gm.paper_setting(name, args.dataset, 0.0144)
-    side, classes, images = IMAGES[args.dataset or paper.dataset]
-    size, k = args.batch_size or paper.batch_size, 4 if args.device.type == "cpu" else 20
-    f = gm.Network(models.build(name, classes, image_size=side).to(args.device), args.bf16, args.compile)
-    split = torch.randint(256, (k * size, side, side, 3), dtype=torch.uint8), torch.randint(classes, (k * size,))
-    data = gm.Batches(gm.Split(*(t.to(args.device) for t in split)), ([127.5] * 3, [60.0] * 3), size, True, 4)
-    gm.try_out(f, name, next(iter(data))[0][:2])
-    w, state = draw(f, gm.signed_constant, 0), {}
-    plain = copy.deepcopy(f.model).to(memory_format=torch.channels_last)
+    setting, device = gm.paper_setting(args.model, None, 0.0144), args.device
+    side, classes, images = (32, 10, 50_000) if setting.dataset == "cifar10" else (64, 200, 100_000)
+    size, steps = args.batch_size or setting.batch_size, 4 if device.type == "cpu" else 20
+    f = gm.Network(models.build(args.model, classes, image_size=side).to(device), args.bf16, args.compile)
+    w, plain = draw(f, gm.signed_constant, 0), copy.deepcopy(f.model).to(memory_format=torch.channels_last)
     call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
+    x = [torch.randn(size, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(steps)]
+    batches = list(zip(x, torch.randint(classes, (steps, size), device=device)))
 
-    def dense(batches):
-        """Training as anybody writes it."""
+    def dense():
         opt = torch.optim.SGD(plain.train().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         for x, y in batches:
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loss = F.cross_entropy(call(x), y)
+            opt.zero_grad()
             loss.backward()
             opt.step()
-            opt.zero_grad()
 
-    def mining(batches):
-        gm.mine(f, batches, sparsity=0.0144, epochs=1, on_epoch=lambda row, v, found: state.update(found))
+    def mining():
+        gm.mine(f, batches, sparsity=0.0144, epochs=1)
 
-    def finetuning(batches):
+    def finetuning():
         gm.finetune(f, w, torch.ones_like(w), batches, epochs=1)
 
-    ready = list(data)
-    work = {
-        "dense": (dense, ready),
-        "mining": (mining, ready),
-        "finetuning": (finetuning, ready),
-        "epoch": (mining, data),
-    }
-    # All in turn, and each time in another order: what else the machine does meets them alike.
-    watches = {what: Stopwatch(batches, args.device) for what, (_, batches) in work.items()}
-    for i in range(args.rounds + 1):
-        for what in [*work][i % 4 :] + [*work][: i % 4]:
-            work[what][0](watches[what])
-    seconds = {what: [t / k for t in watch.seconds[1:]] for what, watch in watches.items()}  # the first: warming up
-    state.clear()
-    memory = [
-        peak(functools.partial(work[what][0], ready[:2]), args.device) for what in ("dense", "mining", "finetuning")
-    ]
-
-    start = time.perf_counter()
-    gm.freeze(state["p"], torch.ones_like(w), round(f.d / 2)).sum().item()
-    freezing = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
-        gm.save(Path(out) / "checkpoint.pt", state)
-        saving = time.perf_counter() - start
-
-    def ratio(a, b):
-        return quartiles([x / y for x, y in zip(seconds[a], seconds[b])])
-
-    step = statistics.median(seconds["mining"])
-    return {
-        "network": name,
-        "d": f"{f.d:,}",
-        "batch": f"{size} of {side}x{side}",
-        **{
-            f"{what}, ms": quartiles([1000 * t for t in seconds[what]], 1) for what in ("dense", "mining", "finetuning")
-        },
-        "mining / dense": ratio("mining", "dense"),
-        "finetuning / dense": ratio("finetuning", "dense"),
-        "epoch / its steps": ratio("epoch", "mining"),
-        "images/s, mining": f"{size / step:,.0f}",
-        "peak MB: dense, mining, finetuning": ", ".join(f"{b / 1e6:,.0f}" for b in memory),
-        "mining - dense, floats": f"{(memory[1] - memory[0]) / f.d / w.element_size():.1f} d",
-        "freezing, checkpoint, ms": f"{1000 * freezing:.0f}, {1000 * saving:.0f}",
-        "of an epoch": f"{100 * (freezing / paper.period + saving) / (math.ceil(images / size) * step):.2f}%",
-    }
+    work, seconds = [dense, mining, finetuning], collections.defaultdict(list)
+    for i in range(args.rounds + 1):  # each time in another order: what else the machine does meets them alike
+        for train in work[i % 3 :] + work[: i % 3]:
+            start = time.perf_counter()
+            train()
+            getattr(torch, device.type).synchronize()
+            seconds[train.__name__].append((time.perf_counter() - start) / steps)
+    seconds = {name: times[1:] for name, times in seconds.items()}  # the first: warming up
+    ratios = {name: [a / b for a, b in zip(times, seconds["dense"])] for name, times in seconds.items()}
+    step, E = statistics.median(seconds["mining"]), setting.epochs
+    print(
+        f"{args.model} on {device.type}, {'bfloat16' if args.bf16 else 'float32'},"
+        f" {'compiled' if args.compile else 'eager'}, torch {torch.__version__}, {torch.get_num_threads()} threads; batches of"
+        f" {size} images of {side}x{side}; medians of {args.rounds} rounds ± half the interquartile range\n"
+    )
+    rows = [[name, quartiles([1000 * t for t in times], 1), quartiles(ratios[name], 3)] for name, times in seconds.items()]
+    print(markdown(["a step of", "ms", "/ dense"], rows))
+    print(
+        f"mining takes {size / step:,.0f} images a second: the paper's {E} + {E} epochs of {images:,} images would take"
+        f" about {2 * E * images / size * step / 3600:.1f} hours here"
+    )
 
 
-def quartiles(values, digits=3):
+def quartiles(values, digits):
     """Median and, of several values, half the interquartile range."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
@@ -1177,12 +1063,14 @@ def main(argv=None):
     def work():
         given = sys.argv[1:] if argv is None else argv
         args, more = parser().parse_known_args(given)
+        gm.check_values(args)
         if args.method == "paper":
-            paper(args, more, shlex.join(["python", "baselines.py", *given]))
+            paper(args, more)
         elif args.method == "bench":
-            bench(gm.read(parser(), given))
+            bench(gm.arguments(parser(), given))
         else:
-            gm.run_command(*prepared(given))
+            args = complete(given)
+            gm.run_command(args, **plan(args))
 
     return gm.guarded("baselines.py", work)
 

