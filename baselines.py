@@ -564,9 +564,7 @@ def plan(args):
         variant = {"whole": whole, "period": args.period if gradual else None, "regularize": args.regularize}
 
         def find(run, phase, f, train, **kw):
-            return run.phase(
-                phase, edge_popup, f, train, epochs=args.epochs, sparsity=s, lr=args.lr, **variant, **kw
-            )  # fmt: skip
+            return run.phase(phase, edge_popup, f, train, epochs=args.epochs, sparsity=s, lr=args.lr, **variant, **kw)
 
         text += f", {args.epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
         text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
@@ -575,9 +573,8 @@ def plan(args):
     def find(run, phase, f, train, init, seed):
         p = densities(args, f)
         if args.version == 4:
-            return smart_ratio_search(
-                f, train, densities=p, trials=args.trials, epochs=epochs, init=init, seed=seed, phase=run.phase, **training
-            )  # fmt: skip
+            search = {"trials": args.trials, "epochs": epochs, "phase": run.phase, **training}
+            return smart_ratio_search(f, train, densities=p, init=init, seed=seed, **search)
         if args.version > 4:
             p = run.phase("densities", tune_densities, f, train, p, epochs=args.epochs, lr=args.lr, seed=seed)
         return smart_ratio_ticket(f, train, densities=p, init=init, seed=seed)
@@ -611,7 +608,7 @@ def densities(args, f):
 def densities_of(path, f, s):
     """The fraction that the gem in a file, which is of sparsity s, keeps of each layer of f."""
     if not path.is_file():
-        raise gm.InputError(f"there is no {path}, which a run writes when it has found what to keep: choose another --from")
+        raise gm.InputError(f"there is no {path}, which a run writes when its search is done: choose another --from")
     found = gm.read(path)
     masks = found.get("mask", {})
     if {name: tuple(m.shape) for name, m in masks.items()} != dict(zip(f.names, f.shapes)):
@@ -718,7 +715,7 @@ EXPERIMENTS = {
             "Gem-Miner": {"search epochs": 150},
         }, checked=("IMP (warm)", "SNIP", "GraSP", "SynFlow", "EP", "SR", "Gem-Miner")),
     "table2": Experiment(
-        # ProsPr's 82.67% is with its authors' recipe: weight decay 5e-4, batches of 256, drops after 100 and 150 epochs.
+        # ProsPr's 82.67% is with its authors' recipe: weight decay 5e-4, batch 256, drops after epochs 100 and 150.
         "Table 2: ProsPr and Gem-Miner", ("resnet20",), (None,), ("kept %", "after", "shuffled", "reinitialised"), {
             "ProsPr": {"kept %": 5, "after": 82.67, "shuffled": 82.15, "reinitialised": 81.64},
             "Gem-Miner": {"kept %": 3.72, "after": 83.4, "shuffled": 78.73, "reinitialised": 78.6},
@@ -828,16 +825,25 @@ def runs_of(experiment, args, more):
     return runs
 
 
-def result_of(args):
-    """The result of a run, its log included, if it is complete; else None."""
-    path = args.out / "result.json"
+def result_of(run):
+    """The result of a run, its log included, or None."""
+    path = run.out / "result.json"
     try:
         result = json.loads(path.read_text())
-        log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):  # not there, or damaged: a run writes it anew
         return None
-    gm.same_settings(gm.settings(args), result, path)
-    return None if args.checks and "checks" not in result else {**result, "log": log}
+    gm.same_settings(gm.settings(run), result, path)
+    return {**result, "log": log}
+
+
+def is_complete(run):
+    result = result_of(run)
+    return bool(result) and not (run.checks and "checks" not in result)
+
+
+def begun(run):
+    return any(run.out.glob("*.pt"))
 
 
 def paper(args, more):
@@ -850,43 +856,40 @@ def paper(args, more):
         raise gm.InputError(f"{args.experiment} draws the accuracy of every epoch: leave --eval-every out")
     runs = {key: complete(argv) for key, argv in runs_of(experiment, args, more).items()}
     if args.dry_run:
-        dry_run(runs.values())
+        dry_run(runs)
         return
-    results = {}
-    with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
-        for key, run in runs.items():
-            results[key] = result_of(run)
-            if not results[key] and not args.so_far:
-                run.resume = begun(run)
-                made(run)
-                results[key] = result_of(run)
+    if not args.so_far:
+        with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
+            run_all(runs)
+    results = {key: result_of(run) for key, run in runs.items()}
     results = {key: result for key, result in results.items() if result}
     if not results:
         raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
     show(experiment, args, list(runs), results)
 
 
-def begun(run):
-    return any(run.out.glob("*.pt"))
-
-
-def made(run):
-    try:
-        gm.run_command(run, **plan(run))
-    except (gm.InputError, FloatingPointError) as e:
-        raise gm.InputError(f"{run.command}: {e}") from e
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("give the same command again") from None
+def run_all(runs):
+    """Make the runs that are not complete, one after the other."""
+    for run in runs.values():
+        if is_complete(run):
+            continue
+        run.resume = begun(run)
+        try:
+            gm.run_command(run, **plan(run))
+        except (gm.InputError, FloatingPointError) as e:
+            raise gm.InputError(f"{run.command}: {e}") from e
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("give the same command again") from None
 
 
 def dry_run(runs):
     """Print the commands, those of complete runs as comments, and what they cost."""
     costs = []
-    for run in {run.command: run for run in runs}.values():
+    for run in {run.command: run for run in runs.values()}.values():
         how = plan(run)
         costs.append(gm.cost(run, how["epochs"], how["checks"] if run.checks else ()))
-        done = "# complete: " if result_of(run) else ""
-        print(f"{done}{run.command}{' --resume' * begun(run)}  # {costs[-1]:,} epochs")
+        done, resume = "# complete: " * is_complete(run), " --resume" * begun(run)
+        print(f"{done}{run.command}{resume}  # {costs[-1]:,} epochs")
     print(f"# {len(costs)} runs, {sum(costs):,} epochs")
 
 
@@ -903,11 +906,11 @@ def show(experiment, args, keys, results):
     first = next(iter(results.values()))
     if any(r["images"] != first["images"] for r in results.values()):
         raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
+    seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds, mean ± standard deviation"
     print(
-        f"## {experiment.about}\n\n{args.dataset}, {'up to ' * args.so_far}{args.seeds} seed"
-        f"{'s, mean ± standard deviation' * (args.seeds > 1)}, {first['device']}, torch {first['torch']}; accuracies in"
-        f" % of the {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of"
-        " epochs.\n"
+        f"## {experiment.about}\n\n{args.dataset}, {'up to ' * args.so_far}{seeds}, {first['device']},"
+        f" torch {first['torch']}; accuracies in % of the {'validation' if first['val'] else 'test'} images."
+        " The paper's figures are at its full number of epochs.\n"
     )
     points = list(dict.fromkeys(key[:3] for key in keys))
     at = experiment.at or (experiment.models[0], experiment.sparsities[0])
@@ -1038,10 +1041,10 @@ def bench(args):
     step, E = statistics.median(seconds["mining"]), setting.epochs
     print(
         f"{args.model} on {device.type}, {'bfloat16' if args.bf16 else 'float32'},"
-        f" {'compiled' if args.compile else 'eager'}, torch {torch.__version__}, {torch.get_num_threads()} threads; batches of"
-        f" {size} images of {side}x{side}; medians of {args.rounds} rounds ± half the interquartile range\n"
+        f" {'compiled' if args.compile else 'eager'}, torch {torch.__version__}, {torch.get_num_threads()} threads;"
+        f" batches of {size} images of {side}x{side}; medians of {args.rounds} rounds ± half the interquartile range\n"
     )
-    rows = [[name, quartiles([1000 * t for t in times], 1), quartiles(ratios[name], 3)] for name, times in seconds.items()]
+    rows = [[name, quartiles([1000 * t for t in seconds[name]], 1), quartiles(ratios[name], 3)] for name in seconds]
     print(markdown(["a step of", "ms", "/ dense"], rows))
     print(
         f"mining takes {size / step:,.0f} images a second: the paper's {E} + {E} epochs of {images:,} images would take"

@@ -73,23 +73,20 @@ def mine(
 ):  # fmt: skip
     """Algorithm 1 of the paper: find a gem in `model`, an nn.Module (or Network) with Conv or Linear weights.
 
-    train      tensors (x, y), cut into shuffled batches of batch_size; or anything that yields batches (x, y)
-               each time it is iterated, such as a DataLoader.
-    sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1).
-    lam        lambda >= 0, the weight of the penalty norm(p): l2 (default, the paper's) or l1.
-    r          round_ste (default) or round_random.
-    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> learning rate in
-               epoch j (default: cosine). criterion: (model's output, y) -> the loss.
-    init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given.
+    train      tensors (x, y), cut into shuffled batches, or what yields batches (x, y) each time it is iterated
+    sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1)
+    lr, lam    eta > 0 and lambda >= 0. norm: the penalty, l2 (default, the paper's) or l1
+    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (cosine)
+    r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss
+    init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given
     invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (whose sentence
-               has the two the wrong way round for Gem-Miner).
-    on_epoch   called as on_epoch(row, weights, state) after each epoch: the epoch's figures, the vector of
-               effective weights, and all that `state=` needs to continue from there (save or copy it in the
-               call: its tensors are those that the search goes on with).
+               has the two the wrong way round for Gem-Miner)
+    on_epoch   called as on_epoch(row, weights, state) after each epoch: its figures, the effective weights (d,), and
+               what `state=` needs to go on from there (save or copy that: the search goes on with its tensors)
 
-    Returns a Gem, and leaves the model in eval mode, holding w * m. Raises InputError, a ValueError, for values out
-    of range and FloatingPointError for a loss that is not finite. Biases and affine BatchNorm stay as they are. All
-    that is random depends on `seed` and the epoch alone; torch's random state is not kept.
+    Returns a Gem, and leaves the model in eval mode, holding w * m. Biases and affine BatchNorm stay as they are. All
+    that is random depends on `seed` and the epoch alone; torch's random state is not kept. Raises InputError, a
+    ValueError, for values out of range and FloatingPointError for a loss that is not finite.
     """
     # fmt: off
     f = Network.of(model)
@@ -144,18 +141,18 @@ def mine(
 def freeze(p, q, keep, invert=False):
     """Lines 11 to 15: q with all but `keep` of its ones set to 0, those of the smallest scores (invert: largest).
 
-    As in Algorithm 1 and the authors' code, p stays as it is: where q is 0, it no longer matters.
+    The bottom fraction of line 13, 1 - e^(cT) in print, is 1 - e^(-cT): what takes d * e^(-c(j-T)) to d * e^(-cj).
+    Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E, hence `last` above; and counting from
+    d, not from the survivors, adds up no rounding. As in Algorithm 1, p stays: where q is 0, it no longer matters.
     """
-    # The bottom fraction of line 13, 1 - e^(cT) in print, is 1 - e^(-cT): it takes d * e^(-c(j-T)) to d * e^(-cj).
-    # Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E, hence `last` above. Counting from d,
-    # not from the survivors, adds up no rounding. Many scores are exactly 0: in random order, ties fall at random,
-    # where by position they would empty the first layers first.
-    alive = q.nonzero().squeeze(1)  # line 11, I_1
-    alive = alive[torch.randperm(len(alive), device=p.device)]
-    alive = alive[p[alive].argsort(stable=True, descending=invert)]  # line 12
+    # fmt: off
+    alive = q.nonzero().squeeze(1)                                             # line 11, I_1
+    alive = alive[torch.randperm(len(alive), device=p.device)]                 # many scores are 0: ties fall at random
+    alive = alive[p[alive].argsort(stable=True, descending=invert)]            # line 12
     q = q.clone()
-    q[alive[: max(0, len(alive) - keep)]] = 0  # lines 13-15
+    q[alive[: max(0, len(alive) - keep)]] = 0                                  # lines 13-15
     return q
+    # fmt: on
 
 
 class StraightThrough(torch.autograd.Function):
@@ -373,8 +370,10 @@ class Stats:
         self.steps += 1
         self.n += len(y)
         self.loss += loss.detach() * len(y)
-        correct = hits(out, y)
-        self.correct = None if correct is None else self.correct + correct
+        if torch.is_tensor(out) and out.dim() == 2 and y.dim() == 1 and not y.is_floating_point():
+            self.correct += (out.argmax(1) == y).sum()
+        else:  # not logits (B, classes) and class indices (B,): there is no accuracy
+            self.correct = math.nan
 
     def row(self, params):
         """The figures of the epoch; FloatingPointError if the loss or the parameters are not finite."""
@@ -383,17 +382,12 @@ class Stats:
         loss = float(self.loss / self.n)
         if not (math.isfinite(loss) and params.isfinite().all()):
             raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
-        return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": percent(self.correct, self.n)}
+        return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": self.accuracy()}
 
-
-def hits(out, y):
-    """How many of a batch are right; None where these are not logits (B, classes) and class indices (B,)."""
-    if torch.is_tensor(out) and out.dim() == 2 and y.dim() == 1 and not y.is_floating_point():
-        return (out.argmax(1) == y).sum()
-
-
-def percent(correct, n):
-    return None if correct is None else round(100 * float(correct) / n, 4)
+    def accuracy(self):
+        """In percent, or None."""
+        acc = round(100 * float(self.correct) / self.n, 4)
+        return None if math.isnan(acc) else acc
 
 
 def chunks(order, batch_size):
@@ -415,10 +409,7 @@ def minibatches(data, batch_size, device):
 
 @torch.no_grad()
 def accuracy(model, data, v=None, batch_size=1000):
-    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given.
-
-    None where the model's output and the data are not logits (B, classes) and class indices (B,).
-    """
+    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given."""
     f = Network.of(model).eval()
     v, stats = f.vector() if v is None else v, Stats(0, 0)
     for x, y in minibatches(data, batch_size, f.device):
@@ -672,7 +663,7 @@ def load_data(name, root, image_size=None, held_out=False):
             data = LOADERS[name](Path(root))
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, LookupError) as e:  # URLError is an OSError; torchvision raises the others
+    except (OSError, RuntimeError, ValueError, LookupError) as e:  # of a download, and of a damaged archive
         reason = " ".join(str(e).split()) or type(e).__name__
         by_hand = f"put {BY_HAND.get(name)} into {root} by hand, or take --dataset shapes, which needs none"
         raise InputError(f"could not get {name} ({reason}): {by_hand}") from e
@@ -757,10 +748,8 @@ def caltech101(root):
 
     home = root / "caltech101" / "101_ObjectCategories"
     source = Caltech101(root, download=not home.is_dir())
-    paths = [
-        (home / source.categories[y] / f"image_{i:04d}.jpg", y) for i, y in zip(source.index, source.y)
-    ]  # fmt: skip
-    rest, test = divide(read_images(paths, 224), 0.2)
+    names = [f"{source.categories[y]}/image_{i:04d}.jpg" for i, y in zip(source.index, source.y)]
+    rest, test = divide(read_images([(home / name, y) for name, y in zip(names, source.y)], 224), 0.2)
     train, val = divide(rest, 0.25)
     imagenet = ([255 * v for v in (0.485, 0.456, 0.406)], [255 * v for v in (0.229, 0.224, 0.225)])
     return Data(train, test, len(source.categories), pad=0, stats=imagenet, val=val)
@@ -786,7 +775,7 @@ def folder(path, image_size=None):
     if splits[0].x.shape[1:] != splits[1].x.shape[1:]:
         raise InputError(f"{path}: training and test images differ in size: resize them with --image-size 32")
     if splits[0].x.min() == splits[0].x.max():
-        raise InputError(f"{path}: all training images are of one and the same colour: convert them to 8-bit RGB first")
+        raise InputError(f"{path}: all training images are of one colour: convert them to 8-bit RGB first")
     return Data(*splits, classes=len(train.classes))
 
 
@@ -936,7 +925,8 @@ class Run:
         log = out / "log.jsonl"
         if not resume and (phases or (log.exists() and log.stat().st_size)):
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
-        self.log()
+        if not resume:
+            self.log()  # so that a folder that cannot be written to is noticed now
 
     def saved(self, name):
         """The path of a phase's file, and what is in it."""
@@ -952,7 +942,6 @@ class Run:
         path, saved = self.saved(name)
         rows = saved.get("rows", [])
         self.rows += rows
-        self.log()
         for row in rows:
             self.show(row)
 
@@ -1035,15 +1024,13 @@ def fraction(text):
 
 
 def place(text):
-    if not text:
-        raise argparse.ArgumentTypeError("the name of the folder is empty")
     return Path(text).expanduser()
 
 
 RANGES = {  # of the flags of both programs that are numbers: (least, most)
-    "epochs": (1, 1e9), "finetune_epochs": (0, 1e9), "round_epochs": (1, 1e9), "period": (1, 1e9), "eval_every": (1, 1e9),
-    "rewind": (0, 1e9), "batch_size": (2, 1e9), "image_size": (1, 4096), "seed": (0, 1e9), "seeds": (1, 1000),
-    "trials": (1, 144), "rounds": (1, 1000), "lr": (1e-12, 1e9), "finetune_lr": (1e-12, 1e9), "lam": (0, 1e9),
+    "epochs": (1, 1e9), "finetune_epochs": (0, 1e9), "round_epochs": (1, 1e9), "period": (1, 1e9), "rewind": (0, 1e9),
+    "batch_size": (2, 1e9), "image_size": (1, 4096), "eval_every": (1, 1e9), "seed": (0, 1e9), "seeds": (1, 1000),
+    "trials": (1, 1e9), "rounds": (1, 1000), "lr": (1e-12, 1e9), "finetune_lr": (1e-12, 1e9), "lam": (0, 1e9),
 }  # fmt: skip
 
 
@@ -1166,16 +1153,15 @@ def prepare(args):
     import models
 
     data = load_data(args.dataset, args.data_dir, args.image_size, args.val)
-    transfer = args.model == "resnet50" and args.dataset == "caltech101"  # appendix A.3.1
+    pretrained = args.model == "resnet50" and args.dataset == "caltech101"  # appendix A.3.1
     side = data.train.x.shape[1]
-    build = {"num_classes": data.classes, "affine": transfer, "image_size": side}
+    build = {"num_classes": data.classes, "affine": pretrained, "image_size": side}
     reseed(args.seed, "model")
     model = models.build(args.model, **build)
-    if transfer:
-        model.load_state_dict(pretrained_resnet50(), strict=False)
+    if pretrained:
+        load_imagenet_weights(model)
     f = Network(model.to(args.device), args.bf16, args.compile)
-    if round(args.sparsity * f.d) < 1:
-        raise InputError(f"--sparsity {args.sparsity:g} keeps none of {f.d:,} weights: take at least {1 / f.d:.2g}")
+    check_sparsity(args.sparsity, f.d)
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = ShownBatches(train, stats, args.batch_size, train=True, pad=data.pad)
@@ -1188,17 +1174,17 @@ def prepare(args):
     return f, train, test, build
 
 
-def pretrained_resnet50():
-    """torchvision's weights for ImageNet, but for the last layer."""
+def load_imagenet_weights(resnet50):
+    """torchvision's, but for the last layer."""
     from torchvision.models import ResNet50_Weights
 
     weights = ResNet50_Weights.IMAGENET1K_V1
     try:
         state = weights.get_state_dict(progress=True)
     except (OSError, RuntimeError) as e:
-        where = f"put {weights.url} into {torch.hub.get_dir()}/checkpoints by hand"
-        raise InputError(f"could not get the weights of ResNet-50 ({e}): {where}") from e
-    return {name: t for name, t in state.items() if not name.startswith("fc.")}
+        by_hand = f"put {weights.url} into {torch.hub.get_dir()}/checkpoints by hand"
+        raise InputError(f"could not get the weights of ResNet-50 ({e}): {by_hand}") from e
+    resnet50.load_state_dict({name: t for name, t in state.items() if not name.startswith("fc.")}, strict=False)
 
 
 def settings(args):
@@ -1226,7 +1212,7 @@ def run_command(args, find, epochs, text, draw, checks):
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
-    args.checks |= run.saved("shuffle")[0].exists()  # what was begun goes on
+    args.checks |= (args.out / "shuffle.pt").exists()  # what was begun goes on
     checks = checks if args.checks else ()
     run.left = cost(args, epochs, checks)
     show_head(args, f, train, test, text)
@@ -1284,8 +1270,8 @@ def run_command(args, find, epochs, text, draw, checks):
 def check_lambda(args, steps):
     """Warn if lambda * ||p||^2, where it is wanted, is too weak to bring r(p) down to s in E epochs of so many steps.
 
-    A score that the loss never moves shrinks, by sgd and cosine, by exp(-X), X = 2 * lam * (sum of the learning rates of
-    all steps) / (1 - momentum). Scores start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays at 0.5 or more.
+    A score that the loss never moves shrinks, by sgd and cosine, by exp(-X), X = 2 * lam * (sum of the learning rates
+    of all steps) / (1 - momentum). Scores start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays >= 0.5.
     """
     if (args.optimizer, args.penalty, args.rounding) != ("sgd", "l2", "deterministic"):
         return
@@ -1295,9 +1281,9 @@ def check_lambda(args, steps):
     most = max(0.1, 1.5 * s)  # what every SGD row of PAPER stays below
     if most < 1 and 0 < X < math.log(2 * (1 - most)):
         warnings.warn(
-            f"lambda {args.lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(X) / 2:.1%} of the"
-            f" scores at 0.5 or more, and freezing will take weights in use (--lam {math.log(2 * (1 - s)) / pull:.2g}"
-            f" leaves {s:.2%})",
+            f"lambda {args.lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(X) / 2:.1%} of"
+            f" the scores at 0.5 or more, and freezing will take weights in use (--lam"
+            f" {math.log(2 * (1 - s)) / pull:.2g} leaves {s:.2%})",
             stacklevel=2,
         )
 
@@ -1341,7 +1327,8 @@ def report(run, args, gem, mask, accs, masks, epochs):
         bar = "#" * round(50 * share / max(*shares, 1e-9))
         print(f"  {layer['name']:<28} {layer['kept']:>9,} of {layer['total']:>9,} {100 * share:>8.3f}%  {bar}")
     both = f"  (q {kept_q:,}, r(p)*q {kept_m:,})" if args.method == "gem-miner" else ""
-    print(f"\nkept           {kept:,} of {f.d:,} weights: {100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer{both}")
+    fewer = f"{100 * kept / f.d:.3f}%, {f.d / max(kept, 1):.0f}x fewer"
+    print(f"\nkept           {kept:,} of {f.d:,} weights: {fewer}{both}")
     print(f"pre-finetune   {accs[0]:.2f}%  ({accs[1]:.2f}% with BatchNorm statistics re-estimated)")
     if acc is not None:
         print(f"post-finetune  {acc:.2f}%")
@@ -1355,6 +1342,7 @@ def report(run, args, gem, mask, accs, masks, epochs):
         passed = acc - its > 3 * error
         result["checks"][name] = {"post_finetune_acc": its, "kept": n, "passed": passed}
         print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {n:>9,} weights  {'passed' if passed else 'NOT passed'}")
+    run.log()
     write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
 
 
@@ -1388,23 +1376,16 @@ def guarded(prog, work):
             print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
             return 130
         except Exception as e:
-            reason = explained(e)
-            if not reason:
+            reason = " ".join(str(e).split()) or type(e).__name__
+            if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:  # on a CPU
+                reason = "out of memory: try a smaller --batch-size or --image-size"
+            elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = f"--compile does not work here, so leave it out ({reason[:200]})"
+            elif not isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
                 raise
             print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
             return 2
     return 0
-
-
-def explained(e):
-    """One line on an exception that the user can do something about, or None."""
-    text = " ".join(str(e).split()) or type(e).__name__
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # on the CPU
-        return "out of memory: try a smaller --batch-size or --image-size"
-    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile does not work here, so leave it out ({text[:200]})"
-    if isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
-        return text
 
 
 def main(argv=None):
