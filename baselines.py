@@ -51,9 +51,7 @@ from torch.func import functional_call
 
 import gem_miner as gm
 
-# ------------------------------------------------------------------------------------------------------------
-# What all methods share
-# ------------------------------------------------------------------------------------------------------------
+# --- What all methods share ---------------------------------------------------------------------------------
 
 
 def draw(f, init, seed):
@@ -85,9 +83,7 @@ def at_once(name, method, *args, **kw):
     return method(*args, **kw)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pruning by training: IMP and learning-rate rewinding
-# ------------------------------------------------------------------------------------------------------------
+# --- Pruning by training: IMP and learning-rate rewinding ---------------------------------------------------
 
 
 def imp_rounds(s):
@@ -140,9 +136,7 @@ def imp(
     return ticket(f, w, p, m)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pruning at initialisation: a score for each weight
-# ------------------------------------------------------------------------------------------------------------
+# --- Pruning at initialisation: a score for each weight -----------------------------------------------------
 
 
 def snip(f, w, batches):
@@ -282,9 +276,7 @@ def at_init(
     return ticket(ours, w, p.to(w), m.to(w))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Edge-popup, and the variants of Table 3
-# ------------------------------------------------------------------------------------------------------------
+# --- Edge-popup, and the variants of Table 3 ----------------------------------------------------------------
 
 
 def popup_count(d, s, j, E, T):
@@ -328,9 +320,7 @@ def edge_popup(
     return ticket(f, w, p, largest(p, sizes, goal, invert).to(w))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Smart ratio: only the densities of the layers matter
-# ------------------------------------------------------------------------------------------------------------
+# --- Smart ratio: only the densities of the layers matter ---------------------------------------------------
 
 
 def smart_ratio(sizes, s, vgg=False, last=0.3):
@@ -444,9 +434,7 @@ def hold_out(train):
     return type(train)(rest, stats, train.batch_size, True, pad), gm.Batches(held, stats, size)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line of a method
-# ------------------------------------------------------------------------------------------------------------
+# --- The command line of a method ---------------------------------------------------------------------------
 
 METHODS = {
     "dense": "train all weights",
@@ -617,9 +605,7 @@ def densities_of(path, f, s):
     return [m.count_nonzero().item() / m.numel() for m in masks.values()]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The paper's tables and figures
-# ------------------------------------------------------------------------------------------------------------
+# --- The paper's tables and figures -------------------------------------------------------------------------
 
 ABOUT = """Run what a table or figure of the paper needs, one run after the other, and print it in Markdown, the paper's
 own figures beside ours. Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go
@@ -995,9 +981,7 @@ def chart(title, xs, lines):
     return text + "```\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Speed
-# ------------------------------------------------------------------------------------------------------------
+# --- Speed --------------------------------------------------------------------------------------------------
 
 
 def bench(args):

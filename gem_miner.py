@@ -53,9 +53,7 @@ class InputError(ValueError):
     """Something that the user can put right; its message is one line that says how."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Algorithm 1
-# ------------------------------------------------------------------------------------------------------------
+# --- Algorithm 1 --------------------------------------------------------------------------------------------
 
 
 class Gem(NamedTuple):
@@ -215,9 +213,7 @@ def check_sparsity(s, d):
         raise InputError(f"sparsity is the fraction of the {d} weights to keep, at least 1/{d} and at most 1: not {s}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A network as a function of one vector
-# ------------------------------------------------------------------------------------------------------------
+# --- A network as a function of one vector ------------------------------------------------------------------
 
 
 class Network(nn.Module):
@@ -341,9 +337,7 @@ def given(f):
     return f.vector()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What every training loop shares
-# ------------------------------------------------------------------------------------------------------------
+# --- What every training loop shares ------------------------------------------------------------------------
 
 
 def reseed(*key):
@@ -440,9 +434,7 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
         layer.momentum = momentum
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Finetuning, and the sanity checks of section 4
-# ------------------------------------------------------------------------------------------------------------
+# --- Finetuning, and the sanity checks of section 4 ---------------------------------------------------------
 
 
 def fit(
@@ -519,9 +511,7 @@ def reinit(f, init=signed_constant, seed=0):
 
 # The third check, score inversion, is mine(..., invert=True).
 
-# ------------------------------------------------------------------------------------------------------------
-# The paper's settings
-# ------------------------------------------------------------------------------------------------------------
+# --- The paper's settings -----------------------------------------------------------------------------------
 
 
 class Setting(NamedTuple):
@@ -597,9 +587,7 @@ def paper_setting(model, dataset, sparsity):
             return min(found, key=lambda row: abs(math.log(row.sparsity / sparsity)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: uint8 tensors on the device, no workers
-# ------------------------------------------------------------------------------------------------------------
+# --- Data: uint8 tensors on the device, no workers ----------------------------------------------------------
 
 
 class Split(NamedTuple):
@@ -759,16 +747,15 @@ def folder(path, image_size=None):
     """Any images as path/train/CLASS/* and path/test/CLASS/* (or path/val), resized to image_size if given."""
     from torchvision.datasets import ImageFolder
 
-    held = [path / name for name in ("test", "val") if (path / name).is_dir()]
-    if not (path / "train").is_dir() or not held:
-        raise InputError(f"{path} needs folders 'train' and 'test' (or 'val'), each with one folder per class")
+    held = path / "test" if (path / "test").is_dir() else path / "val"
     try:
-        train, test = ImageFolder(path / "train"), ImageFolder(held[0])
-    except (OSError, ValueError) as e:  # no class folder, or a class without images
-        raise InputError(f"{path}: {str(e).splitlines()[0]}") from e
+        train, test = ImageFolder(path / "train"), ImageFolder(held)
+    except (OSError, ValueError) as e:  # no such folder, no class folder, or a class without images
+        needs = "needs folders 'train' and 'test' (or 'val'), each with one folder of images per class"
+        raise InputError(f"{path} {needs} ({str(e).splitlines()[0]})") from e
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise InputError(f"{path}: train and {held[0].name} must have the same class folders; only one has {odd[0]!r}")
+        raise InputError(f"{path}: train and {held.name} must have the same class folders; only one has {odd[0]!r}")
     if len(train.classes) < 2:
         raise InputError(f"{path / 'train'} has one class, {train.classes[0]!r}: there is nothing to tell apart")
     splits = [read_images(part.samples, image_size) for part in (train, test)]
@@ -861,9 +848,7 @@ BY_HAND = {  # what to put into --data-dir, as it is
     "caltech101": "caltech101/101_ObjectCategories (from https://data.caltech.edu/records/mzrjq-6wc02, unpacked)",
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# A run's folder: one file a phase
-# ------------------------------------------------------------------------------------------------------------
+# --- A run's folder: one file a phase -----------------------------------------------------------------------
 
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # the line that tells how far an epoch is
 
@@ -999,9 +984,7 @@ class ShownBatches(Batches):
             yield batch
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------------------
+# --- The command line ---------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1212,8 +1195,7 @@ def run_command(args, find, epochs, text, draw, checks):
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
-    args.checks |= (args.out / "shuffle.pt").exists()  # what was begun goes on
-    checks = checks if args.checks else ()
+    checks = checks if args.checks or (args.out / "shuffle.pt").exists() else ()  # what was begun goes on
     run.left = cost(args, epochs, checks)
     show_head(args, f, train, test, text)
     if args.method == "gem-miner":
