@@ -21,8 +21,9 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
 
 Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --finetune-epochs 150.
 
-As a library: METHOD(model, train, sparsity=..., epochs=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is
-imp, edge_popup, smart_ratio_ticket or at_init(..., score="snip"); then gem_miner.finetune(model, gem.w, gem.m, train).
+As a library: METHOD(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is at_init(...,
+score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
+train, lr=0.1). model, train and batch_size are as for gem_miner.mine; the model is left in eval mode, holding w * m.
 New weights are drawn, except with init=gem_miner.given.
 
 Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's).
@@ -368,12 +369,9 @@ def random_mask(f, p, seed):
 
 
 def smart_ratio_ticket(model, train, *, sparsity=None, densities=None, init=gm.kaiming_normal, seed=0):
-    """Random weights of every layer; densities: p_1, ..., p_L (default: smart_ratio's, for that sparsity). No cost."""
+    """Random weights of every layer; densities: p_1, ..., p_L (default: those of smart_ratio(f.sizes, sparsity))."""
     f = gm.Network.of(model)
-    if densities is None:
-        gm.check_sparsity(sparsity, f.d)
-        densities = smart_ratio(f.sizes, sparsity)
-    m = random_mask(f, densities, seed)
+    m = random_mask(f, densities or smart_ratio(f.sizes, sparsity or 0), seed)
     return ticket(f, draw(f, init, seed), m, m)
 
 
@@ -1046,9 +1044,8 @@ def quartiles(values, digits):
 
 def main(argv=None):
     """The command line; returns its exit code, as gem_miner.main."""
-
-    def work():
-        given = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    try:
         args, more = parser().parse_known_args(given)
         gm.check_values(args)
         if args.method == "paper":
@@ -1058,8 +1055,9 @@ def main(argv=None):
         else:
             args = complete(given)
             gm.run_command(args, **plan(args))
-
-    return gm.guarded("baselines.py", work)
+        return 0
+    except (Exception, KeyboardInterrupt) as e:
+        return gm.exit_code("baselines.py", e)
 
 
 if __name__ == "__main__":

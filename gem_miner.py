@@ -9,7 +9,7 @@ classifies well before any training, and that trains to high accuracy ("finetuni
 
     python gem_miner.py --model resnet20 --sparsity 0.0144 --dataset shapes --epochs 10  # demonstration, no download
     python gem_miner.py --model resnet20 --sparsity 0.0144                               # the paper's CIFAR-10 run
-    python gem_miner.py --model resnet20 --sparsity 0.0144 --checks                      # with its sanity checks
+    python gem_miner.py --model resnet20 --sparsity 0.0144 --resume --checks             # and its sanity checks
 
 Symbols, as in the paper (all vectors are in R^d, where d counts every Conv and Linear weight of the network):
     w  weights, random and fixed          r(p)  rounding, 1[p >= 0.5]          E    epochs          eta  learning rate
@@ -346,6 +346,7 @@ def reseed(*key):
 
 
 def begin_epoch(f, opt, eta, seed, phase, j):
+    """Learning rate eta, the random state of this epoch, train mode; returns its Stats."""
     reseed(seed, phase, j)
     f.train()
     for group in opt.param_groups:
@@ -1121,6 +1122,8 @@ def hardware(args):
         args.bf16 = device == "cuda"
     torch.backends.cudnn.benchmark = True
     keep_freed_memory()
+    warnings.simplefilter("default", UserWarning)
+    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
 
 
 def keep_freed_memory():
@@ -1346,38 +1349,31 @@ def plan(args):
     return {"find": find, "epochs": args.epochs, "text": text, "draw": signed_constant, "checks": checks}
 
 
-def guarded(prog, work):
-    """work(), and then an exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
-        try:
-            work()
-        except KeyboardInterrupt as e:
-            again = str(e) or "give the same command with --resume"
-            print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
-            return 130
-        except Exception as e:
-            reason = " ".join(str(e).split()) or type(e).__name__
-            if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:  # on a CPU
-                reason = "out of memory: try a smaller --batch-size or --image-size"
-            elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                reason = f"--compile does not work here, so leave it out ({reason[:200]})"
-            elif not isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
-                raise
-            print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
-            return 2
-    return 0
+def exit_code(prog, e):
+    """Say in one line what ended the program: 2 if the user can put it right, 130 after Ctrl-C; else raise it again."""
+    if isinstance(e, KeyboardInterrupt):
+        again = str(e) or "give the same command with --resume"
+        print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
+        return 130
+    reason = " ".join(str(e).split()) or type(e).__name__
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:  # on a CPU
+        reason = "out of memory: try a smaller --batch-size or --image-size"
+    elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = f"--compile does not work here, so leave it out ({reason[:200]})"
+    elif not isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
+        raise e
+    print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
+    return 2
 
 
 def main(argv=None):
     """The command line; returns its exit code."""
-
-    def work():
+    try:
         args = complete(arguments(parser(), argv))
         run_command(args, **plan(args))
-
-    return guarded("gem_miner.py", work)
+        return 0
+    except (Exception, KeyboardInterrupt) as e:
+        return exit_code("gem_miner.py", e)
 
 
 if __name__ == "__main__":
