@@ -1045,6 +1045,7 @@ def quartiles(values, digits):
 def main(argv=None):
     """The command line; returns its exit code, as gem_miner.main."""
     given = sys.argv[1:] if argv is None else argv
+    gm.warn_plainly()
     try:
         args, more = parser().parse_known_args(given)
         gm.check_values(args)

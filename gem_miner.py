@@ -1122,8 +1122,6 @@ def hardware(args):
         args.bf16 = device == "cuda"
     torch.backends.cudnn.benchmark = True
     keep_freed_memory()
-    warnings.simplefilter("default", UserWarning)
-    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
 
 
 def keep_freed_memory():
@@ -1349,6 +1347,11 @@ def plan(args):
     return {"find": find, "epochs": args.epochs, "text": text, "draw": signed_constant, "checks": checks}
 
 
+def warn_plainly():
+    warnings.simplefilter("default", UserWarning)
+    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
+
+
 def exit_code(prog, e):
     """Say in one line what ended the program: 2 if the user can put it right, 130 after Ctrl-C; else raise it again."""
     if isinstance(e, KeyboardInterrupt):
@@ -1356,7 +1359,7 @@ def exit_code(prog, e):
         print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
         return 130
     reason = " ".join(str(e).split()) or type(e).__name__
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:  # on a CPU
+    if isinstance(e, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:  # CUDA, CPU
         reason = "out of memory: try a smaller --batch-size or --image-size"
     elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = f"--compile does not work here, so leave it out ({reason[:200]})"
@@ -1368,6 +1371,7 @@ def exit_code(prog, e):
 
 def main(argv=None):
     """The command line; returns its exit code."""
+    warn_plainly()
     try:
         args = complete(arguments(parser(), argv))
         run_command(args, **plan(args))
