@@ -512,6 +512,8 @@ def complete(argv):
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
+    if "trials" in args:
+        args.trials = min(args.trials, 144)
     if args.method == "sr" and args.version in SOURCES and getattr(args, "from") is None:
         needs = f"needs the densities of {SOURCES[args.version]}"
         raise gm.InputError(f"sr --version {args.version} {needs}: give the folder of such a run as --from")
@@ -827,7 +829,7 @@ def is_complete(run):
 
 
 def begun(run):
-    return any(run.out.glob("*.pt"))
+    return any(path.name != "gem.pt" for path in run.out.glob("*.pt"))
 
 
 def paper(args, more):
@@ -911,14 +913,14 @@ def show(experiment, args, keys, results):
             if c in known:
                 rows[-1].append(experiment.rows[label].get(c, "") if (model, s) == at else "")
     print(markdown(head, rows))
-    for title, x, xs, lines in pictures(experiment, [point for point in points if of_seeds(len, *point)], of_seeds):
+    for title, x, xs, lines in pictures(experiment, args, [p for p in points if of_seeds(len, *p)], of_seeds):
         if x != "sparsity":  # those points are in the table already
             columns = [[f"{y:.2f}" for y in line] + [""] * (len(xs) - len(line)) for line in lines.values()]
             print(markdown([x, *lines], zip(xs, *columns)))
         print(chart(title, xs, lines))
 
 
-def pictures(experiment, points, of_seeds):
+def pictures(experiment, args, points, of_seeds):
     """(title, meaning of x, its values, {label: the means for each of them}) of what can be drawn."""
 
     def means(read, *key):
@@ -942,7 +944,7 @@ def pictures(experiment, points, of_seeds):
             listed, lines = of_seeds(lambda r: r["layers"], labels[0], model, s)[0], {}
             for label in labels:
                 lines[label] = means(lambda r: [100 * u["kept"] / u["total"] for u in r["layers"]], label, model, s)
-                if (label, model, s) in experiment.layers:
+                if (label, model, s) in experiment.layers and args.dataset == "cifar10":
                     theirs = zip(experiment.layers[label, model, s], listed)
                     lines[f"{label}, authors"] = [100 * k / u["total"] for k, u in theirs]
             yield f"{model}, {percent(s)}: kept of each layer (%)", "layer", [u["name"] for u in listed], lines
@@ -996,7 +998,16 @@ def bench(args):
     x = [torch.randn(size, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(steps)]
     batches = list(zip(x, torch.randint(classes, (steps, size), device=device)))
 
-    def dense():
+    seconds = collections.defaultdict(list)
+
+    def timed(name):
+        """The batches; notes how long a step took with each of them, without what comes before and after them all."""
+        start = time.perf_counter()
+        yield from batches
+        getattr(torch, device.type).synchronize()
+        seconds[name].append((time.perf_counter() - start) / steps)
+
+    def dense(batches):
         opt = torch.optim.SGD(plain.train().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         for x, y in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -1005,19 +1016,16 @@ def bench(args):
             loss.backward()
             opt.step()
 
-    def mining():
+    def mining(batches):
         gm.mine(f, batches, sparsity=0.0144, epochs=1)
 
-    def finetuning():
+    def finetuning(batches):
         gm.finetune(f, w, torch.ones_like(w), batches, epochs=1)
 
-    work, seconds = [dense, mining, finetuning], collections.defaultdict(list)
+    work = [dense, mining, finetuning]
     for i in range(args.rounds + 1):  # each time in another order: what else the machine does meets them alike
         for train in work[i % 3 :] + work[: i % 3]:
-            start = time.perf_counter()
-            train()
-            getattr(torch, device.type).synchronize()
-            seconds[train.__name__].append((time.perf_counter() - start) / steps)
+            train(timed(train.__name__))
     seconds = {name: times[1:] for name, times in seconds.items()}  # the first: warming up
     ratios = {name: [a / b for a, b in zip(times, seconds["dense"])] for name, times in seconds.items()}
     step, E = statistics.median(seconds["mining"]), setting.epochs

@@ -997,11 +997,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def fraction(text):
-    try:
-        value = float(text.rstrip("%"))
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1 or "%" in text:
+    value = float(text.removesuffix("%"))
+    if not 0 < value <= 1 or text.endswith("%"):
         hint = f"did you mean {value / 100:g}?" if 0 < value <= 100 else "such as 0.0144"
         raise argparse.ArgumentTypeError(f"{text!r} is not the fraction of weights KEPT, in (0, 1]: {hint}")
     return value
