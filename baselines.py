@@ -32,6 +32,7 @@ epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 
 as the authors of Rare Gems trained them on ResNet-20.
 """
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -155,6 +156,7 @@ def grasp(f, w, batches, per_class=10, T=200):
 
     Their score is -w * (H g), and they remove the LARGEST: so what we keep is the largest w * (H g). The logits are
     divided by T before the softmax. g is summed over all batches; H is that of each batch, applied to that sum.
+    Theirs: two batches, of classes 0-4 and 5-9, which with BatchNorm is another mask than that of mixed ones.
     """
     f.train()  # Theirs: the .eval() is commented out.
     w = w.clone().requires_grad_()
@@ -207,6 +209,7 @@ def prospr(f, w, batches, K=3, eta=0.1):
     """
     f.train()
     x, y = next(batches())
+    x = x.to(w.dtype) if x.is_floating_point() else x
     x = x.contiguous()  # for MPS, as in Network.call
     c = torch.ones_like(w).requires_grad_()
     others = f.others()
@@ -244,7 +247,8 @@ SCORES = {
     # Theirs removes what is above the smallest of the d * (1 - s) largest scores, but not that one.
     "grasp": Score(grasp, lambda d, s: min(d, d - floor(d * (1 - s)) + 1)),
     "synflow": Score(synflow, lambda d, s: d - floor(d * (1 - s)), rounds=100, dtype=torch.float64),
-    "prospr": Score(prospr, lambda d, s: math.ceil(d * s - 1e-6)),
+    # In float32 on a CPU, a third of ProsPr's mask would be noise.
+    "prospr": Score(prospr, lambda d, s: math.ceil(d * s - 1e-6), dtype=torch.float64),
     "magnitude": Score(magnitude),
     "random": Score(random),
     "dense": Score(magnitude, lambda d, s: d),
@@ -337,12 +341,12 @@ def smart_ratio(sizes, s, vgg=False, last=0.3):
     raw = [((L - l + 1) ** 2 + (L - l + 1)) / (l**2 if vgg else 1) for l in range(1, L)]
     g = budget / sum(n * r for n, r in zip(sizes, raw))
     p, carry = [g * r for r in raw], 0
-    for l in range(L - 1):
-        p[l] += carry / sizes[l]
-        carry = floor((p[l] - 1) * sizes[l]) if p[l] > 1 else 0
-        p[l] = min(p[l], 1.0)
-        if not carry:
+    for l, n in enumerate(sizes[:-1]):
+        if p[l] + carry / n <= 1:
+            p[l] += carry / n
             break
+        carry -= int((1 - p[l]) * n)
+        p[l] = 1.0
     return [*p, last]
 
 
@@ -457,7 +461,10 @@ def parser():
     subs = {}
     for name, about in METHODS.items():
         subs[name] = methods.add_parser(name, help=about, description=about)
-        gm.flags_of_all_methods(subs[name])
+        rate, schedule = "0.1; Caltech-101: Table 15's", "multistep"
+        if name == "ep":
+            rate, schedule = "0.1 on ResNet-20, else 0.01", "cosine on ResNet-20, else multistep"
+        gm.flags_of_all_methods(subs[name], rate, schedule)
         subs[name].set_defaults(finetune_mask="q")
     g = subs["imp"].add_argument_group("pruning")
     g.add_argument("--rewind", type=int, default=0, help="to this iteration; 0, cold, is the default")
@@ -477,13 +484,15 @@ def parser():
     g.add_argument("--trials", type=int, default=144, help="how many of SR-v4's 144 densities (default: all)")
     g.add_argument("--lr", type=float, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
     about = "a table or figure of the paper"
-    paper = methods.add_parser("paper", help=about, description=ABOUT)
-    paper.add_argument("experiment", choices=EXPERIMENTS)
+    names = "\n".join(f"  {name:<8} {experiment.about}" for name, experiment in EXPERIMENTS.items())
+    shape = argparse.RawDescriptionHelpFormatter
+    paper = methods.add_parser("paper", help=about, description=ABOUT, epilog=f"NAME:\n{names}", formatter_class=shape)
+    paper.add_argument("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
     paper.add_argument("--epochs", type=int, help="instead of the paper's; all else scales with it")
     paper.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
     about = "instead of the paper's; may be repeated, as --sparsity"
     paper.add_argument("--model", action="append", choices=models.MODELS, help=about)
-    paper.add_argument("--dataset", default="cifar10", help="(default: cifar10)")
+    paper.add_argument("--dataset", help="instead of the paper's")
     paper.add_argument("--sparsity", action="append", type=gm.fraction, help="fraction of weights KEPT")
     paper.add_argument("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
     paper.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
@@ -612,12 +621,8 @@ own figures beside ours. Complete runs in --out are taken as they are, others re
 to every run."""
 
 
-def commands(model, E, folder):
-    """{label: its command} of all runs, each with E where the paper has its own number of epochs for the network.
-
-    folder: label -> folder of that run.
-    """
-    scale = E / gm.paper_setting(model, "cifar10", 1).epochs
+def commands(model, E, scale, folder):
+    """{label: its command} of all runs. E: epochs; scale: E by the paper's; folder: label -> folder of that run."""
 
     def n(number):
         return max(1, round(number * scale))
@@ -632,6 +637,7 @@ def commands(model, E, folder):
         "IMP (short, warm)": f"imp --round-epochs {n(8)} --rewind {warm}",
         "IMP (short, cold)": f"imp --round-epochs {n(8)}",
         "Renda et al.": "lrr",
+        "Random": "random",
         "SNIP": "snip",
         "GraSP": "grasp",
         "SynFlow": "synflow",
@@ -648,12 +654,39 @@ def commands(model, E, folder):
         # 1.53 and 1.47% in Table 16 are the densities of the authors' tuning after 10 epochs.
         "SR-v5": f"sr --version 5 --from {folder('Gem-Miner')} --epochs {n(10)} --finetune-epochs {E}",
         "SR-v6": f"sr --version 6 --from {folder('SR-v4')} --epochs {n(10)} --finetune-epochs {E}",
-        **{f"GM, lambda {lam}": f"gem-miner --lam {lam}" for lam in ("0", "3e-6", "7e-6", "1.5e-5")},
-        **{f"GM, lr {lr}": f"gem-miner --lr {lr}" for lr in ("0.01", "0.001", "0.0001", "0.00001")},
+        **{f"GM lambda {lam}": f"gem-miner --lam {lam}" for lam in ("0", "3e-6", "7e-6", "1.5e-5")},
+        **{f"GM lr {lr}": f"gem-miner --lr {lr}" for lr in ("0.01", "0.001", "0.0001", "0.00001")},
     }
 
 
+TICKS = ("at initialisation", "finetunable", "passes the checks")
+
+
+def ticks(*paper):
+    return dict(zip((*TICKS, "search epochs"), paper))
+
+
+def at_initialisation(r):
+    return "no" if r["method"] in ("lrr", "dense") or r.get("rewind") else "yes"
+
+
+def finetunable(r):
+    """Clearly better than before the training, and than random weights, as many, after theirs."""
+    after, others = r["post_finetune_acc"], (r["pre_finetune_acc"], r["random_acc"])
+    if None in (after, *others):
+        return None
+    return "yes" if all(gm.clearly_above(after, other, r["images"][1]) for other in others) else "no"
+
+
+def passes(r):
+    failed = [gm.CHECKS[name] for name, check in r["checks"].items() if not check["passed"]]
+    return "no: " + ", ".join(failed) if failed else "yes"
+
+
 COLUMNS = {  # from a result.json
+    "at initialisation": at_initialisation,
+    "finetunable": finetunable,
+    "passes the checks": passes,
     "search epochs": lambda r: r["search_epochs"],
     "all epochs": lambda r: r["search_epochs"] + r["finetune_epochs"],
     "kept %": lambda r: 100 * r["kept"] / r["total"],
@@ -666,48 +699,55 @@ COLUMNS = {  # from a result.json
     "inverted": lambda r: r["checks"]["invert"]["post_finetune_acc"],
 }
 CURVES = {  # title: what to read of each row of the log
-    "r(p)q, %": lambda r: [100 * row["m"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
-    "q, the upper bound, %": lambda r: [100 * row["q"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
-    "accuracy, %": lambda r: [row["test_acc"] for row in r["log"] if row["phase"] in ("mine", "finetune")],
+    "r(p)q (%)": lambda r: [100 * row["m"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
+    "upper bound q (%)": lambda r: [100 * row["q"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
+    "accuracy (%)": lambda r: [row["test_acc"] for row in r["log"] if row["phase"] in ("mine", "finetune")],
 }
 
 
 class Experiment(NamedTuple):
     about: str
-    models: tuple
-    sparsities: tuple  # (): those of Tables 8 to 11; (None,): the rows have their own
+    networks: tuple  # (model, data set)
+    sparsities: tuple  # (): those of Tables 8 to 14; (None,): the rows have their own
     columns: tuple  # keys of COLUMNS
     rows: dict  # label (a key of commands): {column: the paper's figure}
     at: tuple = ()  # the (model, sparsity) that the paper's figures are for; (): the first
     checked: tuple = ()  # labels of the runs that take the sanity checks
+    checks: str = "--checks"  # how
     own: dict = {}  # label: its own sparsity
     curves: tuple = ()  # keys of CURVES, to give by epoch
     layers: dict | None = None  # to give by layer; (label, model, sparsity): what the authors' own keeps of each
 
 
-CIFAR = ("resnet20", "mobilenetv2", "vgg16", "wrn28_2")
+RESNET20, MOBILENET, VGG = (("resnet20", "cifar10"),), (("mobilenetv2", "cifar10"),), (("vgg16", "cifar10"),)
+CIFAR = (*RESNET20, *MOBILENET, *VGG, ("wrn28_2", "cifar10"))
 CHECKED = ("shuffled", "reinitialised", "inverted")
+COMPARED = {"Gem-Miner": {}, "IMP (warm)": {}, "Renda et al.": {}, "EP": {}, "SR": {}, "Dense": {}}
 EXPERIMENTS = {
     "table1": Experiment(
-        "Table 1: what each method takes to find 1.4% of ResNet-20", ("resnet20",), (0.0144,),
-        ("search epochs", "kept %", "before", "BN re-estimated", "after", *CHECKED), {
-            "IMP (warm)": {"search epochs": 2850},
-            "SNIP": {"search epochs": 1},
-            "GraSP": {"search epochs": 1},
-            "SynFlow": {"search epochs": 1},
-            "EP": {"search epochs": 150},
-            "SR": {"search epochs": "O(1)"},
-            "Renda et al.": {"search epochs": 3000},  # with the last training
-            "Gem-Miner": {"search epochs": 150},
+        "Table 1: what each method takes to find 1.4% of ResNet-20", RESNET20, (0.0144,),
+        (*TICKS, "search epochs", "kept %", "before", "BN re-estimated", "after", *CHECKED), {
+            # The marks as the paper's sentences have them; of edge-popup's checks they say nothing.
+            "IMP (warm)": ticks("no", "yes", "yes", 2850),
+            "SNIP": ticks("yes", "yes", "no", 1),
+            "GraSP": ticks("yes", "yes", "no", 1),
+            "SynFlow": ticks("yes", "yes", "no", 1),
+            "EP": ticks("yes", "no", "none", 150),
+            "SR": ticks("yes", "yes", "no", "O(1)"),
+            "Renda et al.": ticks("no", "yes", "n/a", 3000),  # with the last training
+            "Gem-Miner": ticks("yes", "yes", "yes", 150),
+            "Random": {},
         }, checked=("IMP (warm)", "SNIP", "GraSP", "SynFlow", "EP", "SR", "Gem-Miner")),
     "table2": Experiment(
         # ProsPr's 82.67% is with its authors' recipe: weight decay 5e-4, batch 256, drops after epochs 100 and 150.
-        "Table 2: ProsPr and Gem-Miner", ("resnet20",), (None,), ("kept %", "after", "shuffled", "reinitialised"), {
+        "Table 2: ProsPr and Gem-Miner", RESNET20, (None,),
+        ("kept %", "after", "shuffled", "reinitialised", "passes the checks"), {
             "ProsPr": {"kept %": 5, "after": 82.67, "shuffled": 82.15, "reinitialised": 81.64},
             "Gem-Miner": {"kept %": 3.72, "after": 83.4, "shuffled": 78.73, "reinitialised": 78.6},
-        }, checked=("ProsPr", "Gem-Miner"), own={"ProsPr": 0.05, "Gem-Miner": 0.0372}),
+        }, checked=("ProsPr", "Gem-Miner"), checks="--checks shuffle reinit",
+        own={"ProsPr": 0.05, "Gem-Miner": 0.0372}),
     "table3": Experiment(
-        "Table 3: from edge-popup to Gem-Miner", ("resnet20",), (0.0059,),
+        "Table 3: from edge-popup to Gem-Miner", RESNET20, (0.0059,),
         ("kept %", "before", "BN re-estimated", "after"), {
             "EP (batch 256)": {"before": 19.57, "after": 24.47},
             "Global EP": {"before": 22.22, "after": 34.42},
@@ -717,7 +757,7 @@ EXPERIMENTS = {
         }),
     "table4": Experiment(
         # The paper's 3000 are 19 rounds and a last training of 150 epochs. Long Gem-Miner: 3000 to mine, 150 to train.
-        "Table 4: Long Gem-Miner", ("resnet20",), (0.0144,), ("all epochs", "kept %", "after"), {
+        "Table 4: Long Gem-Miner", RESNET20, (0.0144,), ("all epochs", "kept %", "after"), {
             "Gem-Miner": {"all epochs": 300, "after": 77.89},
             "Long Gem-Miner": {"all epochs": 3000, "after": 79.50},
             "IMP (warm)": {"all epochs": 3000, "after": 74.52},
@@ -725,7 +765,7 @@ EXPERIMENTS = {
         }),
     "table16": Experiment(
         "Table 16: how far random pruning goes (IMP, not in the table, is where SR-v4 starts)",
-        ("resnet20",), (0.0144,), ("kept %", "after"), {
+        RESNET20, (0.0144,), ("kept %", "after"), {
             "Gem-Miner": {"kept %": 1.44, "after": 77.89},
             "IMP (warm)": {},
             "SR": {"kept %": 1.44, "after": 65.61},
@@ -736,33 +776,37 @@ EXPERIMENTS = {
             "SR-v6": {"kept %": 1.47, "after": 69.08},
         }),
     "fig2": Experiment(
-        "Fig. 2: density while mining MobileNet-V2 (q is the upper bound)", ("mobilenetv2",), (None,),
+        "Fig. 2: density while mining MobileNet-V2 (q is the upper bound)", MOBILENET, (None,),
         ("r(p)q %", "before", "after"), {  # lambda and s as in Table 9
-            "GM, lambda 0": {"r(p)q %": "around 50"},
-            "GM, lambda 3e-6": {},
-            "GM, lambda 7e-6": {"r(p)q %": 2.5},
-            "GM, lambda 1.5e-5": {"r(p)q %": 1.4, "before": 84.62, "after": 87.37},
+            "GM lambda 0": {"r(p)q %": "around 50"},
+            "GM lambda 3e-6": {},
+            "GM lambda 7e-6": {"r(p)q %": 2.5},
+            "GM lambda 1.5e-5": {"r(p)q %": 1.4, "before": 84.62, "after": 87.37},
             "EP": {},
-        }, own={"GM, lambda 0": 0.5, "GM, lambda 3e-6": 0.2, "GM, lambda 7e-6": 0.05, "GM, lambda 1.5e-5": 0.0144,
-                "EP": 0.0144}, curves=("r(p)q, %", "q, the upper bound, %")),
+        }, own={"GM lambda 0": 0.5, "GM lambda 3e-6": 0.2, "GM lambda 7e-6": 0.05, "GM lambda 1.5e-5": 0.0144,
+                "EP": 0.0144}, curves=("r(p)q (%)", "upper bound q (%)")),
     "fig3": Experiment(
-        "Fig. 3: accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (), ("kept %", "after", *CHECKED), {
+        "Fig. 3 (and Fig. 1, a point of it): accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (),
+        ("kept %", "after", *CHECKED), {
+            **COMPARED,
             "Gem-Miner": {"after": 77.89},
             "IMP (warm)": {"after": 74.52},
             "Renda et al.": {"after": 80.21},
-            "EP": {},
             "SR": {"after": 65.61},
-            "Dense": {},
         }, at=("resnet20", 0.0144), checked=("Gem-Miner",)),
+    "fig4": Experiment(
+        "Fig. 4: other data sets: accuracy before and after finetuning, and Gem-Miner's sanity checks",
+        (("resnet32x2", "cifar100"), ("resnet18", "tinyimagenet"), ("resnet50", "tinyimagenet"),
+         ("resnet50", "caltech101")), (), ("kept %", "before", "after", *CHECKED), COMPARED, checked=("Gem-Miner",)),
     "fig5": Experiment(
-        "Fig. 5: accuracy by epoch: mining, then finetuning", ("mobilenetv2",), (0.0144,),
+        "Fig. 5: accuracy by epoch: mining, then finetuning", MOBILENET, (0.0144,),
         ("kept %", "before", "after"), {"Gem-Miner": {"kept %": 1.16}, "Dense": {}, "IMP (warm)": {}},
-        curves=("accuracy, %",)),
+        curves=("accuracy (%)",)),
     "fig6": Experiment(
         "Fig. 6: accuracy before finetuning", CIFAR, (), ("kept %", "before", "BN re-estimated"),
         {"Gem-Miner": {"before": 84.62}, "IMP (warm)": {}, "EP": {}, "SR": {}}, at=("mobilenetv2", 0.0144)),
     "fig7": Experiment(
-        "Fig. 7: what is kept of each layer", ("resnet20",), (0.5, 0.0373, 0.0144, 0.0059), ("kept %",),
+        "Fig. 7: what is kept of each layer", RESNET20, (0.5, 0.0373, 0.0144, 0.0059), ("kept %",),
         {"Gem-Miner": {}, "IMP (warm)": {}, "SR": {}, "EP": {}}, layers={
             ("Gem-Miner", "resnet20", 0.0144): (
                 149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
@@ -771,12 +815,16 @@ EXPERIMENTS = {
             ("Gem-Miner", "resnet20", 0.0059): (
                 111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
         }),
+    "fig8": Experiment(
+        "Fig. 8: further networks: accuracy before and after finetuning, and Gem-Miner's sanity checks",
+        (("mobilenetv2", "tinyimagenet"), ("resnet18", "cifar10")), (), ("kept %", "before", "after", *CHECKED),
+        COMPARED, checked=("Gem-Miner",)),
     "fig9": Experiment(
-        "Fig. 9: accuracy before and after finetuning, VGG-16", ("vgg16",), (0.014, 0.005),
+        "Fig. 9: accuracy before and after finetuning, VGG-16", VGG, (0.014, 0.005),
         ("kept %", "before", "after"), {
-            "GM, lr 0.01": {}, "GM, lr 0.001": {}, "GM, lr 0.0001": {}, "GM, lr 0.00001": {}, "EP": {}, "SR": {}}),
+            "GM lr 0.01": {}, "GM lr 0.001": {}, "GM lr 0.0001": {}, "GM lr 0.00001": {}, "EP": {}, "SR": {}}),
     "fig10": Experiment(
-        "Fig. 10: four kinds of IMP", ("resnet20",), (), ("kept %", "before", "after"), {
+        "Fig. 10: four kinds of IMP", RESNET20, (), ("kept %", "before", "after"), {
             "Gem-Miner": {"after": 77.89},
             "IMP (short, cold)": {},
             "IMP (short, warm)": {},
@@ -784,31 +832,44 @@ EXPERIMENTS = {
             "IMP (warm)": {"after": 74.52},
         }, at=("resnet20", 0.0144)),
 }  # fmt: skip
+EXPERIMENTS["fig1"] = EXPERIMENTS["fig3"]
+
+
+def papers(model, dataset):
+    """The rows of PAPER for a network and a data set, or else the nearest ones."""
+    for match in ((model, dataset), (model, "cifar10"), (model,), ("resnet20", "cifar10")):
+        rows = [gm.Setting(*row) for row in gm.PAPER if row[: len(match)] == match and row[1] != "shapes"]
+        if rows:
+            return rows
 
 
 def runs_of(experiment, args, more):
-    """{(label, model, sparsity, seed): argv} of all runs of an Experiment, in order."""
-    runs = {}
-    for model in args.model or experiment.models:
-        E = args.epochs or gm.paper_setting(model, args.dataset, 1).epochs
-        listed = [row[2] for row in gm.PAPER if row[:2] == (model, "cifar10")]
-        sparsities = args.sparsity or experiment.sparsities or listed
-        if not sparsities:
-            raise gm.InputError(f"the paper has no sparsities for --model {model} here: give --sparsity")
-        for s, seed, label in itertools.product(sparsities, range(args.seeds), experiment.rows):
+    """{(label, network, sparsity, seed): argv} of all runs of an Experiment, in order; and what to say of them."""
+    runs, notes = {}, []
+    networks = [pair for pair in experiment.networks if not args.model or pair[0] in args.model]
+    networks = networks or [(model, experiment.networks[0][1]) for model in args.model]
+    if args.dataset:
+        networks = dict.fromkeys((model, args.dataset) for model, _ in networks)
+    for model, dataset in networks:
+        rows, E = papers(model, dataset), args.epochs or gm.paper_setting(model, dataset, 1).epochs
+        network = model if len({d for _, d in networks}) == 1 else f"{model} on {dataset}"
+        if rows[0][:2] != (model, dataset):
+            notes.append(f"The paper has no settings for {model} on {dataset}: those of {' on '.join(rows[0][:2])}.")
+        listed = experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
+        for s, seed, label in itertools.product(args.sparsity or listed, range(args.seeds), experiment.rows):
             kept = 1.0 if label == "Dense" else s or experiment.own[label]
-            place = f"{model}-{kept:g}-seed{seed}"
+            place = f"{model}-{dataset}-{kept:g}-seed{seed}"
 
             def folder(label, place=place):
-                words = "".join(c if c.isalnum() or c in "-." else " " for c in label).split()
-                return shlex.quote(str(args.out / "-".join([*words, place])))
+                words = "".join(c if c.isalnum() or c in "-." else " " for c in f"{label}-{place}").split()
+                return shlex.quote(str(args.out / "-".join(words)))
 
-            argv = shlex.split(commands(model, E, folder)[label])
+            argv = shlex.split(commands(model, E, E / rows[0].epochs, folder)[label])
             argv += [] if "--epochs" in argv else ["--epochs", str(E)]
-            argv += ["--model", model, "--dataset", args.dataset, "--sparsity", str(kept), "--seed", str(seed)]
-            argv += ["--checks"] * (label in experiment.checked) + more
-            runs[label, model, s, seed] = [*argv, "--out", *shlex.split(folder(label))]
-    return runs
+            argv += ["--model", model, "--dataset", dataset, "--sparsity", str(kept), "--seed", str(seed)]
+            argv += experiment.checks.split() * (label in experiment.checked) + more
+            runs[label, network, s, seed] = [*argv, "--out", *shlex.split(folder(label))]
+    return runs, notes
 
 
 def result_of(run):
@@ -823,9 +884,14 @@ def result_of(run):
     return {**result, "log": log}
 
 
+def wanted(run):
+    """The checks that a run is to take."""
+    return [check for check in plan(run)["checks"] if check in (run.checks or ())]
+
+
 def is_complete(run):
     result = result_of(run)
-    return bool(result) and not (run.checks and "checks" not in result)
+    return bool(result) and set(wanted(run)) <= set(result.get("checks", ()))
 
 
 def begun(run):
@@ -838,20 +904,26 @@ def paper(args, more):
     more = [a for a in more if a != "--resume"]  # it always does
     if any(a.split("=")[0] == "--seed" for a in more) or (more and not more[0].startswith("--")):
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
-    if "accuracy, %" in experiment.curves and any(a.split("=")[0] == "--eval-every" for a in more):
+    if "accuracy (%)" in experiment.curves and any(a.split("=")[0] == "--eval-every" for a in more):
         raise gm.InputError(f"{args.experiment} draws the accuracy of every epoch: leave --eval-every out")
-    runs = {key: complete(argv) for key, argv in runs_of(experiment, args, more).items()}
+    runs, notes = runs_of(experiment, args, more)
+    runs = {key: complete(argv) for key, argv in runs.items()}
     if args.dry_run:
         dry_run(runs)
         return
     if not args.so_far:
         with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
             run_all(runs)
-    results = {key: result_of(run) for key, run in runs.items()}
-    results = {key: result for key, result in results.items() if result}
-    if not results:
+    results = {key[:3]: [] for key in runs}  # those of all seeds
+    for (*point, seed), run in runs.items():
+        result = result_of(run)
+        if result:
+            random = result_of(runs["Random", *point[1:], seed]) if "Random" in experiment.rows else None
+            result["random_acc"] = random and random["post_finetune_acc"]
+            results[tuple(point)].append(result)
+    if not any(results.values()):
         raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
-    show(experiment, args, list(runs), results)
+    show(experiment, args, results, notes)
 
 
 def run_all(runs):
@@ -872,82 +944,105 @@ def dry_run(runs):
     """Print the commands, those of complete runs as comments, and what they cost."""
     costs = []
     for run in {run.command: run for run in runs.values()}.values():
-        how = plan(run)
-        costs.append(gm.cost(run, how["epochs"], how["checks"] if run.checks else ()))
+        costs.append(gm.cost(run, plan(run)["epochs"], wanted(run)))
         done, resume = "# complete: " * is_complete(run), " --resume" * begun(run)
         print(f"{done}{run.command}{resume}  # {costs[-1]:,} epochs")
     print(f"# {len(costs)} runs, {sum(costs):,} epochs")
 
 
-def show(experiment, args, keys, results):
-    """Print an experiment: a table, and what can be drawn. keys: (label, model, sparsity, seed) of all its runs."""
-
-    def of_seeds(read, *key):
-        """What read() finds in the result of each seed; nothing where it has no such check."""
-        values = []
-        with contextlib.suppress(KeyError):
-            values = [read(results[*key, seed]) for seed in range(args.seeds) if (*key, seed) in results]
-        return [] if None in values else values
-
-    first = next(iter(results.values()))
-    if any(r["images"] != first["images"] for r in results.values()):
-        raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
+def show(experiment, args, results, notes):
+    """Print an experiment: a table, what made it, and what can be drawn. results: {(label, network, s): of seeds}."""
+    complete = [r for found in results.values() for r in found]
+    first = complete[0]
+    for r in complete:
+        if r["dataset"] == first["dataset"] and r["images"] != first["images"]:
+            raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
     seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds, mean ± standard deviation"
+    datasets = ", ".join(dict.fromkeys(r["dataset"] for r in complete))
     print(
-        f"## {experiment.about}\n\n{args.dataset}, {'up to ' * args.so_far}{seeds}, {first['device']},"
-        f" torch {first['torch']}; accuracies in % of the {'validation' if first['val'] else 'test'} images."
-        " The paper's figures are at its full number of epochs.\n"
+        f"## {experiment.about}\n\n{datasets}, {'up to ' * args.so_far}{seeds}; {first['device']}"
+        f" ({first['processor']}), torch {first['torch']}; accuracies in % of the"
+        f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
     )
-    points = list(dict.fromkeys(key[:3] for key in keys))
-    at = experiment.at or (experiment.models[0], experiment.sparsities[0])
-    known = {c for label, *place in points if tuple(place) == at for c in experiment.rows[label]}
+    print("".join(f"{note}\n" for note in notes))
+    at = experiment.at or (experiment.networks[0][0], experiment.sparsities[0] if experiment.sparsities else None)
+    known = {c for label, *place in results if tuple(place) == at for c in experiment.rows[label]}
     head, rows = ["method", "network", "sparsity"], []
     for c in experiment.columns:
-        head += [c, "paper" if args.dataset == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
-    for point in points:
-        label, model, s = point
-        found = of_seeds(lambda r: r["sparsity"], *point)
-        rows.append([label, model, percent(found[0]) if found else "not run"])
+        head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
+    for (label, network, s), found in results.items():
+        rows.append([label, network, cell(lambda r: percent(r["sparsity"]), found)])
         for c in experiment.columns:
-            rows[-1].append(spread(of_seeds(COLUMNS[c], *point), 3 if "%" in c else 2))
+            rows[-1].append(cell(COLUMNS[c], found, 3 if "%" in c else 2))
             if c in known:
-                rows[-1].append(experiment.rows[label].get(c, "") if (model, s) == at else "")
+                rows[-1].append(experiment.rows[label].get(c, "none") if (network, s) == at else "none")
     print(markdown(head, rows))
-    for title, x, xs, lines in pictures(experiment, args, [p for p in points if of_seeds(len, *p)], of_seeds):
+    print("What made it (an empty cell: this method has none):\n")
+    rows = [[*point[:2], *(found[0].get(name, "") for name in MADE_BY)] for point, found in results.items() if found]
+    print(markdown(["method", "network", *MADE_BY.values()], rows))
+    for title, x, xs, lines in pictures(experiment, {point: found for point, found in results.items() if found}):
+        print(f"### {title}\n")
         if x != "sparsity":  # those points are in the table already
-            columns = [[f"{y:.2f}" for y in line] + [""] * (len(xs) - len(line)) for line in lines.values()]
+            columns = [[f"{y:.2f}" for y in line] + ["ended"] * (len(xs) - len(line)) for line in lines.values()]
             print(markdown([x, *lines], zip(xs, *columns)))
         print(chart(title, xs, lines))
 
 
-def pictures(experiment, args, points, of_seeds):
+MADE_BY = {
+    "sparsity": "s", "epochs": "E", "finetune_epochs": "to finetune", "batch_size": "batch", "period": "T",
+    "optimizer": "optimizer", "lr": "lr", "lam": "lambda", "finetune_lr": "lr to finetune",
+    "finetune_schedule": "schedule",
+}  # fmt: skip
+
+
+def cell(read, found, digits=2):
+    """Mean, and deviation, of what read() finds in the results of all seeds; or why there is nothing."""
+    if not found:
+        return "not run"
+    try:
+        values = [read(r) for r in found]
+    except KeyError:
+        return "not checked"
+    return "not trained" if None in values else spread(values, digits)
+
+
+def pictures(experiment, results):
     """(title, meaning of x, its values, {label: the means for each of them}) of what can be drawn."""
 
-    def means(read, *key):
-        return [statistics.mean(values) for values in zip(*of_seeds(read, *key))]
+    def means(read, *point):
+        return [statistics.mean(values) for values in zip(*map(read, results.get(point, ())))]
 
-    for model in dict.fromkeys(model for _, model, _ in points):
-        sparsities = list(dict.fromkeys(s for _, m, s in points if m == model))
+    for network in dict.fromkeys(network for _, network, _ in results):
+        sparsities = list(dict.fromkeys(s for _, n, s in results if n == network))
         if len(sparsities) > 1 and not experiment.layers:
             c = [c for c in experiment.columns if c in ("before", "after")][-1]
-            found = {label: [of_seeds(COLUMNS[c], label, model, s) for s in sparsities] for label in experiment.rows}
-            lines = {label: list(map(statistics.mean, values)) for label, values in found.items() if all(values)}
+            found = {label: [results.get((label, network, s)) for s in sparsities] for label in experiment.rows}
+            lines = {
+                label: [statistics.mean(map(COLUMNS[c], of_seeds)) for of_seeds in of_sparsities]
+                for label, of_sparsities in found.items()
+                if all(of_sparsities) and all(COLUMNS[c](r) is not None for of_seeds in of_sparsities for r in of_seeds)
+            }
             if lines:
-                yield f"{model}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
+                yield f"{network}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
         for s in sparsities if experiment.curves else ():
             for title in experiment.curves:
-                lines = {label: means(CURVES[title], label, model, s) for label in experiment.rows}
+                lines = {label: means(CURVES[title], label, network, s) for label in experiment.rows}
                 lines = {label: line for label, line in lines.items() if line}
-                yield f"{model}: {title}", "epoch", range(1, 1 + max(map(len, lines.values()))), lines
+                yield f"{network}: {title}", "epoch", range(1, 1 + max(map(len, lines.values()))), lines
         for s in sparsities if experiment.layers else ():
-            labels = [label for label in experiment.rows if (label, model, s) in points]
-            listed, lines = of_seeds(lambda r: r["layers"], labels[0], model, s)[0], {}
+            labels = [label for label in experiment.rows if (label, network, s) in results]
+            first, lines = results[labels[0], network, s][0], {}
             for label in labels:
-                lines[label] = means(lambda r: [100 * u["kept"] / u["total"] for u in r["layers"]], label, model, s)
-                if (label, model, s) in experiment.layers and args.dataset == "cifar10":
-                    theirs = zip(experiment.layers[label, model, s], listed)
-                    lines[f"{label}, authors"] = [100 * k / u["total"] for k, u in theirs]
-            yield f"{model}, {percent(s)}: kept of each layer (%)", "layer", [u["name"] for u in listed], lines
+                lines[label] = means(lambda r: [100 * u["kept"] / u["total"] for u in r["layers"]], label, network, s)
+                if (label, network, s) in experiment.layers and first["dataset"] == "cifar10":
+                    theirs = zip(experiment.layers[label, network, s], first["layers"])
+                    lines[f"{label} (authors)"] = [100 * k / u["total"] for k, u in theirs]
+            yield (
+                f"{network} {percent(s)}: kept of each layer (%)",
+                "layer",
+                [u["name"] for u in first["layers"]],
+                lines,
+            )
 
 
 def percent(s):
@@ -955,9 +1050,11 @@ def percent(s):
 
 
 def spread(values, digits):
-    """Mean and, of several values, their standard deviation."""
-    if not values:
-        return ""
+    """Mean and, of several values, their standard deviation; whole numbers and words as they are."""
+    if len(set(values)) == 1 and not isinstance(values[0], float):
+        return f"{values[0]:,}" if isinstance(values[0], int) else values[0]
+    if isinstance(values[0], str):
+        return ", ".join(dict.fromkeys(values))
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 

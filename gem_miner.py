@@ -33,8 +33,10 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import shlex
+import subprocess
 import sys
 import time
 import warnings
@@ -900,8 +902,6 @@ class Run:
     To resume is to run the same program again: a finished phase returns from its file without an epoch.
     """
 
-    HEAD = "phase            epoch         lr    loss  train %  test %     q %  r(p)q %  seconds      left"
-
     def __init__(self, out, settings, resume, f, test):
         self.out, self.settings, self.f, self.test = out, settings, f, test
         self.rows, self.left = [], 0  # left: epochs to come
@@ -988,6 +988,9 @@ class ShownBatches(Batches):
 # --- The command line ---------------------------------------------------------------------------------------
 
 
+CHECKS = {"shuffle": "random shuffling", "reinit": "weight reinitialisation", "invert": "score inversion"}
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kw):
         super().__init__(allow_abbrev=False, **kw)
@@ -1015,8 +1018,8 @@ RANGES = {  # of the flags of both programs that are numbers: (least, most)
 }  # fmt: skip
 
 
-def flags_of_all_methods(cli):
-    """The flags that the methods of baselines.py have as well."""
+def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
+    """The flags that the methods of baselines.py have as well, with their defaults for finetuning."""
     import models
 
     g = cli.add_argument_group("what to prune")
@@ -1028,13 +1031,12 @@ def flags_of_all_methods(cli):
     g.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     g = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)")
     g.add_argument("--epochs", type=int, help="E, of the search and of the training after it")
-    g.add_argument("--batch-size", type=int, help="2 or more")
+    g.add_argument("--batch-size", type=int, help="2 or more (default: Table 15's)")
     g.add_argument("--finetune-epochs", type=int, help="0: only search (default: as --epochs)")
-    g.add_argument("--finetune-lr", type=float, help="learning rate of the weights")
-    g.add_argument(
-        "--finetune-schedule", choices=("multistep", "cosine"), help="(default: multistep; ep on ResNet-20: cosine)"
-    )
-    g.add_argument("--checks", action="store_true", help="run the sanity checks of section 4 as well")
+    g.add_argument("--finetune-lr", type=float, help=f"learning rate of the weights (default: {rate})")
+    g.add_argument("--finetune-schedule", choices=("multistep", "cosine"), help=f"(default: {schedule})")
+    about = "run the sanity checks of section 4 as well, all or those named: with all, a run takes three times as long"
+    g.add_argument("--checks", nargs="*", choices=CHECKS, metavar="CHECK", help=about)
     g = cli.add_argument_group("where and how")
     g.add_argument("--out", type=place, help="folder of the run (default: under runs/)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -1097,6 +1099,8 @@ def complete(args):
             setattr(args, name, value)
     if getattr(args, "period", 1) > args.epochs:
         raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
+    if args.checks is not None:
+        args.checks = args.checks or list(CHECKS)
     if args.checks and not args.finetune_epochs:
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
     args.milestones = [t / paper.epochs for t in paper.milestones]
@@ -1193,7 +1197,8 @@ def run_command(args, find, epochs, text, draw, checks):
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
-    checks = checks if args.checks or (args.out / "shuffle.pt").exists() else ()  # what was begun goes on
+    begun = [check for check in checks if (args.out / f"{check}.pt").exists()]  # goes on
+    checks = [check for check in checks if check in (args.checks or ()) or check in begun]
     run.left = cost(args, epochs, checks)
     show_head(args, f, train, test, text)
     if args.method == "gem-miner":
@@ -1282,11 +1287,30 @@ def show_head(args, f, train, test, text):
         f"search     {text}\n"
         f"finetuning {args.finetune_epochs} epochs; sgd, lr {args.finetune_lr:g}, {later}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
-        f" torch {torch.__version__}; {args.out}\n\n{Run.HEAD}"
+        f" torch {torch.__version__}; {args.out}\n\n"
+        f"phase            epoch         lr    loss  train %  {' val' if args.val else 'test'} %     q %  r(p)q %"
+        "  seconds      left"
     )
 
 
-CHECKS = {"shuffle": "random shuffling", "reinit": "weight reinitialisation", "invert": "score inversion"}
+def clearly_above(a, b, n):
+    """Whether a percentage of n images is above another by more than 3 standard errors of the difference."""
+    return a - b > 3 * math.sqrt((a * (100 - a) + b * (100 - b)) / n)
+
+
+def made_by(device):
+    """What the figures of a result.json may depend on, besides the settings."""
+    git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "commit": commit or None, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
 
 
 def report(run, args, gem, mask, accs, masks, epochs):
@@ -1299,7 +1323,7 @@ def report(run, args, gem, mask, accs, masks, epochs):
         **run.settings, "total": f.d, "kept": kept, "kept_q": kept_q, "kept_m": kept_m, "layers": layers,
         "pre_finetune_acc": accs[0], "reestimated_acc": accs[1], "post_finetune_acc": acc, "search_epochs": epochs,
         "seconds": round(sum(row["seconds"] for row in run.rows), 1), "device": args.device.type,
-        "torch": torch.__version__, "command": args.command,
+        **made_by(args.device), "command": args.command,
     }  # fmt: skip
     print("\nkept of each layer (Fig. 7)")
     shares = [layer["kept"] / layer["total"] for layer in layers]
@@ -1318,8 +1342,7 @@ def report(run, args, gem, mask, accs, masks, epochs):
         print(f"  {args.method:<24}{acc:>7.2f}%  {kept:>9,} weights")
     for name, m in masks.items():
         its, n = run.accuracy(name), int(m.count_nonzero())
-        error = math.sqrt((acc * (100 - acc) + its * (100 - its)) / len(run.test.y))  # of the difference, in points
-        passed = acc - its > 3 * error
+        passed = clearly_above(acc, its, len(run.test.y))
         result["checks"][name] = {"post_finetune_acc": its, "kept": n, "passed": passed}
         print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {n:>9,} weights  {'passed' if passed else 'NOT passed'}")
     run.log()

@@ -933,6 +933,7 @@ def test_a_run_leaves_its_figures(finished):
         expected = {"post_finetune_acc": its, "kept": kept, "passed": acc - its > 3 * error}
         assert result["checks"][name] == expected
     assert {"model", "dataset", "method", "sparsity", "epochs", "seed", "device", "torch"} < set(result)
+    assert {"python", "processor", "threads", "commit", "date"} < set(result)
 
 
 def test_the_gem_loads_into_a_plain_module(finished, pictures):
@@ -1021,8 +1022,8 @@ def test_killed_with_half_a_file_written_a_run_goes_on(finished, pictures, tmp_p
 
 def test_checks_can_be_added_and_are_not_lost(finished, pictures, tmp_path):
     """And the same seed gives the same bits."""
-    assert gm.main(command(pictures, tmp_path)) == 0
-    assert "checks" not in artefacts(tmp_path)["result"]
+    assert gm.main(command(pictures, tmp_path, "--checks shuffle")) == 0
+    assert set(artefacts(tmp_path)["result"]["checks"]) == {"shuffle"}
     for more in ("--resume --checks", "--resume"):
         assert gm.main(command(pictures, tmp_path, more)) == 0
         assert same(artefacts(tmp_path), artefacts(finished.out))
@@ -1380,6 +1381,14 @@ def test_prospr_without_steps_is_snip():
     assert torch.allclose(p, bl.snip(f, f.vector(), lambda: iter(batches)))
 
 
+def test_prospr_is_scored_in_float64():
+    """In float32 on a CPU, a third of its mask would be noise."""
+    data, model = (torch.randn(16, 3, 8, 8), torch.arange(16) % 4), models.resnet20()
+    kw = {"score": "prospr", "sparsity": 0.05, "init": gm.given}
+    ours, exact = (bl.at_init(net, data, **kw).m for net in (model, copy.deepcopy(model).double()))
+    assert torch.equal(ours.double(), exact)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_prospr_differentiates_through_three_steps(affine):
     """Biases and affine BatchNorm take the steps too, unless they are not to be trained."""
@@ -1644,6 +1653,7 @@ def test_smart_ratio_is_the_hand_computed_one():
     kept = [43, 210, 189, 169, 150, 132, 116, 201, 345, 291, 243, 199, 159, 247, 371, 265, 176, 106, 53, 192]
     gem = bl.smart_ratio_ticket(f, tiny_batches(), sparsity=0.0144)
     assert list(f.counts(gem.m).values()) == kept
+    assert bl.smart_ratio_ticket(f, tiny_batches(), sparsity=0.5).m.sum() == 134_160  # as both originals keep
     with torch.device("meta"):
         sizes = gm.Network(models.vgg16()).sizes
     p = bl.smart_ratio(sizes, 0.005, vgg=True)
@@ -1877,7 +1887,7 @@ def test_every_experiment_names_what_exists_and_can_be_listed(name, capsys, tmp_
     monkeypatch.chdir(tmp_path)
     *runs, last = printed(capsys, name, "--dry-run").splitlines()
     costs = [int(re.fullmatch(r"python .*  # ([\d,]+) epochs", run)[1].replace(",", "")) for run in runs]
-    known = {"table1": [3300, 602, 602, 602, 900, 450, 3000, 900], "table4": [300, 3150, 3000, 3000]}
+    known = {"table1": [3300, 602, 602, 602, 900, 450, 3000, 900, 150], "table4": [300, 3150, 3000, 3000]}
     assert costs == known.get(name, costs)
     assert last == f"# {len(runs)} runs, {sum(costs):,} epochs"
     experiment = bl.EXPERIMENTS[name]
@@ -1890,7 +1900,8 @@ def test_every_experiment_names_what_exists_and_can_be_listed(name, capsys, tmp_
 
 
 @pytest.mark.parametrize("name, figures", [
-    ("table1", "2850 1 1 1 150 O(1) 3000 150"),
+    ("table1", "no yes yes 2850 yes yes no 1 yes yes no 1 yes yes no 1 yes no none 150 yes yes no O(1) no yes n/a 3000"
+     " yes yes yes 150"),
     ("table2", "5 82.67 82.15 81.64 3.72 83.4 78.73 78.6"),
     ("table3", "19.57 24.47 22.22 34.42 31.56 63.54 19.67 63.72 45.3 66.15"),
     ("table4", "300 77.89 3000 79.5 3000 74.52 3000 80.21"),
@@ -1908,7 +1919,10 @@ def test_the_papers_figures_are_as_printed(name, figures):
     ("fig3 --model vgg16", ["--rewind 2000", "--epochs 200"]),
     ("table16 --epochs 20", ["--trials 19", "--epochs 1 --finetune-epochs 20"]),
     ("table16 --epochs 300", ["--trials 144"]),
-    ("table2", ["--finetune-epochs 200"]),
+    ("table2", ["--finetune-epochs 200", "--checks shuffle reinit"]),
+    ("fig3 --model resnet18 --dataset tinyimagenet", ["--epochs 200", "--sparsity 0.014"]),
+    ("fig4", ["--rewind 1000 --epochs 50 --model resnet50 --dataset caltech101 --sparsity 0.05"]),
+    ("fig8", ["--model resnet18 --dataset cifar10 --sparsity 0.005"]),
 ])  # fmt: skip
 def test_all_numbers_of_a_command_scale_with_the_epochs(argv, words, capsys):
     runs = printed(capsys, *argv.split(), "--dry-run")
@@ -1935,7 +1949,7 @@ def test_commands_run_as_printed_and_make_the_table(pictures, tmp_path, capsys):
     rows = table(printed(capsys, "table16", "--so-far", *flags))
     assert rows.pop(("method", "network", "sparsity")) == ["kept %", "after"]
     assert [row[0] for row in rows if row[2] == "40%"] == list(bl.EXPERIMENTS["table16"].rows)
-    result = result_of(home / "SR-v6-resnet20-0.4-seed0")
+    result = result_of(next(home.glob("SR-v6-resnet20-*")))
     cells = [f"{100 * result['kept'] / 267_824:.3f}", f"{result['post_finetune_acc']:.2f}"]
     assert rows["SR-v6", "resnet20", "40%"] == cells
 
@@ -1948,12 +1962,12 @@ def test_tables_share_runs_and_show_the_papers_figures_beside_ours(pictures, tmp
     more = "--so-far --sparsity 0.0144 --sparsity 0.4".split()
     rows = table(printed(capsys, "table4", *flags[4:], *flags[:4], *more))
     assert rows["method", "network", "sparsity"][::2] == ["all epochs", "kept %", "paper (CIFAR-10)"]
-    assert rows["Gem-Miner", "resnet20", "1.44%"][:3] == ["2.00", "300", "1.440"]
+    assert rows["Gem-Miner", "resnet20", "1.44%"][:3] == ["2", "300", "1.440"]
     assert rows["Gem-Miner", "resnet20", "1.44%"][4] == "77.89"
-    assert rows["Gem-Miner", "resnet20", "not run"] == [""] * 5
+    assert rows["Gem-Miner", "resnet20", "not run"] == ["not run", "none", "not run", "not run", "none"]
 
     rows = table(printed(capsys, "table1", "--so-far", *flags, "--finetune-epochs", "1"))
-    assert rows["Gem-Miner", "resnet20", "1.44%"][-3:] == ["", "", ""]  # the checks are still to come
+    assert rows["Gem-Miner", "resnet20", "1.44%"][-3:] == ["not checked"] * 3
     assert "complete" not in printed(capsys, "table1", "--dry-run", *flags)
 
     figure = printed(capsys, "fig7", "--so-far", *flags, "--sparsity", "0.0144")
@@ -1964,17 +1978,49 @@ def test_tables_share_runs_and_show_the_papers_figures_beside_ours(pictures, tmp
 
 def test_the_authors_layers_stand_beside_ours_on_cifar10():
     layers = [{"name": f"layer {i}", "kept": i, "total": 200} for i in range(20)]
-    point = ("Gem-Miner", "resnet20", 0.0144)
-    args = types.SimpleNamespace(dataset="cifar10")
-    [drawn] = bl.pictures(bl.EXPERIMENTS["fig7"], args, [point], lambda read, *_: [read({"layers": layers})])
+    results = {("Gem-Miner", "resnet20", 0.0144): [{"layers": layers, "dataset": "cifar10"}]}
+    [drawn] = bl.pictures(bl.EXPERIMENTS["fig7"], results)
     lines = drawn[-1]
     assert lines["Gem-Miner"][2] == 1
-    assert lines["Gem-Miner, authors"][:2] == [100 * 149 / 200, 100 * 165 / 200]
+    assert lines["Gem-Miner (authors)"][:2] == [100 * 149 / 200, 100 * 165 / 200]
+
+
+@pytest.mark.parametrize("after, shuffled, expected", [
+    (80.0, 70.0, ["yes", "yes", "yes"]),
+    (80.0, 79.0, ["yes", "yes", "no: random shuffling"]),  # a point is less than 3 standard errors of 0.57
+    (61.0, 50.0, ["yes", "no", "yes"]),  # not clearly above random weights, trained
+    (None, 50.0, ["yes", "not trained", "yes"]),
+])  # fmt: skip
+def test_the_ticks_of_table_1(after, shuffled, expected):
+    checks = {"shuffle": {"passed": after is None or gm.clearly_above(after, shuffled, 10_000)}}
+    result = {"method": "snip", "post_finetune_acc": after, "pre_finetune_acc": 10.0, "random_acc": 60.0,
+              "images": [50_000, 10_000], "checks": checks}  # fmt: skip
+    assert [bl.cell(bl.COLUMNS[tick], [result]) for tick in bl.TICKS] == expected
+    assert bl.at_initialisation({"method": "imp", "rewind": 1000}) == "no"
+    assert bl.cell(bl.passes, [{}]) == "not checked"
+
+
+def test_a_table_says_what_made_it(capsys, tmp_path):
+    """Data set, device, lengths, lambda and rates of each row; and where the paper gives no settings."""
+    results = {("Gem-Miner", "resnet32x2", 0.05): [{
+        "dataset": "cifar100", "device": "cpu", "processor": "x86", "torch": "2", "val": True, "images": [],
+        "sparsity": 0.05, "epochs": 20, "batch_size": 64, "period": 1, "lam": 1e-5, "lr": 0.1, "finetune_lr": 0.01,
+        "kept": 1, "total": 9, "pre_finetune_acc": 50.0, "post_finetune_acc": 60.0,
+    }], ("EP", "resnet32x2", 0.05): []}  # fmt: skip
+    args = bl.parser().parse_args(["paper", "fig4", "--out", str(tmp_path)])
+    experiment = bl.EXPERIMENTS["fig4"]._replace(networks=(("resnet32x2", "cifar100"),))
+    bl.show(experiment, args, results, bl.runs_of(experiment, args, [])[1])
+    out = capsys.readouterr().out
+    assert "cifar100, 1 seed; cpu (x86), torch 2; accuracies in % of the validation images" in out
+    assert "The paper has no settings for resnet32x2 on cifar100: those of resnet20 on cifar10" in out
+    assert "| Gem-Miner | resnet32x2 | 5% | 11.111 | 50.00 | 60.00 | not checked | not checked | not checked |" in out
+    assert "| EP | resnet32x2 | not run | not run |" in out
+    assert "| Gem-Miner | resnet32x2 | 0.05 | 20 |  | 64 | 1 |  | 0.1 | 1e-05 | 0.01 |  |" in out
 
 
 def test_a_run_stopped_before_its_first_epoch_is_not_resumed(tmp_path, capsys):
     """SR writes gem.pt at once, and there is nothing else yet to go on from."""
-    folder = tmp_path / "SR-resnet20-0.0144-seed0"
+    folder = tmp_path / "SR-resnet20-cifar10-0.0144-seed0"
     folder.mkdir()
     (folder / "gem.pt").touch()
     assert "--resume" not in printed(capsys, "table16", "--dry-run", "--out", str(tmp_path))
@@ -1986,9 +2032,9 @@ def test_figures_by_epoch_are_points_and_charts(pictures, tmp_path, capsys):
     assert gm.main(shlex.split(run, comments=True)[2:]) == 0
     figure = printed(capsys, "fig2", "--so-far", *flags)
     first, second = artefacts(next(tmp_path.iterdir()))["rows"][:2]
-    for vector, title in (("m", "r(p)q, %"), ("q", "q, the upper bound, %")):
+    for vector, title in (("m", "r(p)q (%)"), ("q", "upper bound q (%)")):
         a, b = 100 * first[vector] / 267_824, 100 * second[vector] / 267_824
-        assert f"| epoch | GM, lambda 0 |\n| --- | --- |\n| 1 | {a:.2f} |\n| 2 | {b:.2f} |\n" in figure
+        assert f"| epoch | GM lambda 0 |\n| --- | --- |\n| 1 | {a:.2f} |\n| 2 | {b:.2f} |\n" in figure
         assert f'    title "resnet20: {title}"\n    x-axis ["1", "2"]\n    line [{a:.4g}, {b:.4g}]\n```\n' in figure
 
 
@@ -2003,7 +2049,8 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
     assert printed(capsys, *argv, "--dry-run").count(" --resume  # ") == 1
     refused_by_baselines(["paper", *argv, "--so-far"], capsys, "no run of table2", str(tmp_path))
     out = printed(capsys, *argv)
-    first, second = (result_of(tmp_path / f"ProsPr-resnet20-0.4-seed{i}")["post_finetune_acc"] for i in (0, 1))
+    paths = sorted(tmp_path.glob("ProsPr-resnet20-*"))
+    first, second = (result_of(path)["post_finetune_acc"] for path in paths)
     after = f"{(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f}"
     assert table(out)["ProsPr", "resnet20", "40%"][:2] == ["40.000 ± 0.000", after]
     with monkeypatch.context() as patch:
@@ -2012,8 +2059,9 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
         assert printed(capsys, *argv, "--seeds", "3", "--so-far") == out.replace("2 seeds", "up to 3 seeds")
         assert table(printed(capsys, *argv, "--seeds", "1"))["ProsPr", "resnet20", "40%"][0] == "40.000"
         assert printed(capsys, *argv, "--dry-run").count("# complete: python") == 4
-        refused_by_baselines(["paper", *argv, "--batch-size", "16"], capsys, "--batch-size is 32, not 16", "another --out")
-    path = tmp_path / "ProsPr-resnet20-0.4-seed1" / "result.json"
+        other = ["paper", *argv, "--batch-size", "16"]
+        refused_by_baselines(other, capsys, "--batch-size is 32, not 16", "another --out")
+    path = paths[1] / "result.json"
     path.write_text(path.read_text()[:-9])
     assert printed(capsys, *argv) == out
     path.write_text(json.dumps(json.loads(path.read_text()) | {"images": [1]}))
@@ -2021,7 +2069,7 @@ def test_a_table_is_run_resumed_and_printed(pictures, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("fig3 --model resnet18", ["resnet18", "--sparsity"]), ("table3 --lam 1e-4", ["--lam"]), ("table9", ["table1"]),
+    ("fig3 --model resnet19", ["resnet19", "resnet18"]), ("table3 --lam 1e-4", ["--lam"]), ("table9", ["table1"]),
     ("table3 --seeds 0", ["--seeds"]), ("table3 --sparsity 2", ["KEPT"]), ("table3 --nonsense 3", ["--nonsense"]),
     ("table3 --seed 3", ["--seeds"]), ("table3 --bf16 --seed=3", ["--seeds"]), ("table3 more", ["more"]),
     ("fig5 --eval-every=2", ["--eval-every"]),
@@ -2032,7 +2080,8 @@ def test_bad_flags_of_paper_are_refused_before_anything_runs(flags, words, tmp_p
 
 
 def test_spread_and_chart():
-    assert [bl.spread(values, 1) for values in ([], [1.0], [1.0, 3.0])] == ["", "1.0", "2.0 ± 1.4"]
+    values = [[1.0], [1.0, 3.0], [1500], ["yes", "yes"], ["yes", "no"]]
+    assert [bl.spread(of_seeds, 1) for of_seeds in values] == ["1.0", "2.0 ± 1.4", "1,500", "yes", "yes, no"]
     text = bl.chart("title", range(1, 101), {"a": range(100), "b": [6, 7]})
     assert text.startswith("blue: a, orange: b\n")
     assert '    x-axis ["1", "3", ' in text
