@@ -285,10 +285,11 @@ def at_init(
 
 
 def popup_count(d, s, j, E, T):
-    """Gradual pruning: how many of d weights are in the mask in epoch j; T: period. From s^(1/n) on, in n steps."""
+    """Gradual pruning: how many of d weights are in the mask in epoch j: d * s^(k/n), k = 1..n; T: period."""
     n = max(1, (E - 1) // T)
     updated = T * max(0, (j - 2) // T)  # Rare Gems' code, counting epochs from 0: at the end of epochs T, 2T, ...
-    return max(1, d - math.ceil(d * (1 - s ** (min(n, max(1, (updated + 1) // T)) / n)) - 1e-6))
+    k = min(n, max(1, (updated + 1) // T))
+    return max(1, d - math.ceil(d * (1 - s ** (k / n)) - 1e-6))
 
 
 def edge_popup(
@@ -534,51 +535,49 @@ def complete(argv):
 def plan(args):
     """A method, as the arguments of gem_miner.run_command."""
     name, s, text = args.method, args.sparsity, METHODS.get(args.method)
-    training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
-    kaiming, all_checks = gm.kaiming_normal, ("shuffle", "reinit", "invert")
     if name == "gem-miner":
         return gm.plan(args)
+    training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
+    epochs, init, checks = args.epochs, gm.kaiming_normal, ("shuffle", "reinit", "invert")
     if name in SCORES:
+        epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
+        checks = {"dense": (), "random": checks[:2]}.get(name, checks)
 
         def find(run, phase, f, train, **kw):
             return run.once(phase, at_init, f, train, score=name, sparsity=s, **kw)
 
-        checks = {"dense": (), "random": all_checks[:2]}.get(name, all_checks)
-        epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
-        return {"find": find, "epochs": epochs, "text": text, "draw": kaiming, "checks": checks}
-    if name in ("imp", "lrr"):
-        rounds, E = imp_rounds(s), args.round_epochs
-        rewind = args.rewind if name == "imp" else None
+    elif name in ("imp", "lrr"):
+        rounds, rewind = imp_rounds(s), args.rewind if name == "imp" else None
+        epochs, checks = rounds * args.round_epochs, checks[:2] if name == "imp" else ()
+        text += f": {rounds} rounds of {args.round_epochs} epochs"
 
         def find(run, phase, f, train, **kw):
-            return imp(f, train, sparsity=s, epochs=rounds * E, rewind=rewind, phase=run.phase, **training, **kw)
+            return imp(f, train, sparsity=s, epochs=epochs, rewind=rewind, phase=run.phase, **training, **kw)
 
-        checks, text = all_checks[:2] if name == "imp" else (), f"{text}: {rounds} rounds of {E} epochs"
-        return {"find": find, "epochs": rounds * E, "text": text, "draw": kaiming, "checks": checks}
-    if name == "ep":
+    elif name == "ep":
         gradual = args.gradual or args.regularize
-        whole = gradual or getattr(args, "global")
+        whole, init = gradual or getattr(args, "global"), gm.signed_constant
         variant = {"whole": whole, "period": args.period if gradual else None, "regularize": args.regularize}
+        text += f", {epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
+        text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
 
         def find(run, phase, f, train, **kw):
-            return run.phase(phase, edge_popup, f, train, epochs=args.epochs, sparsity=s, lr=args.lr, **variant, **kw)
+            return run.phase(phase, edge_popup, f, train, epochs=epochs, sparsity=s, lr=args.lr, **variant, **kw)
 
-        text += f", {args.epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
-        text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
-        return {"find": find, "epochs": args.epochs, "text": text, "draw": gm.signed_constant, "checks": all_checks}
+    else:
+        epochs = {4: args.trials * args.round_epochs, 5: epochs, 6: epochs}.get(args.version, 0)
+        text, checks = f"{text}, version {args.version}", checks[:2]
 
-    def find(run, phase, f, train, init, seed):
-        p = densities(args, f)
-        if args.version == 4:
-            search = {"trials": args.trials, "epochs": epochs, "phase": run.phase, **training}
-            return smart_ratio_search(f, train, densities=p, init=init, seed=seed, **search)
-        if args.version > 4:
-            p = run.phase("densities", tune_densities, f, train, p, epochs=args.epochs, lr=args.lr, seed=seed)
-        return smart_ratio_ticket(f, train, densities=p, init=init, seed=seed)
+        def find(run, phase, f, train, init, seed):
+            p = densities(args, f)
+            if args.version == 4:
+                search = {"trials": args.trials, "epochs": epochs, "phase": run.phase, **training}
+                return smart_ratio_search(f, train, densities=p, init=init, seed=seed, **search)
+            if args.version > 4:
+                p = run.phase("densities", tune_densities, f, train, p, epochs=epochs, lr=args.lr, seed=seed)
+            return smart_ratio_ticket(f, train, densities=p, init=init, seed=seed)
 
-    epochs = {4: args.trials * args.round_epochs, 5: args.epochs, 6: args.epochs}.get(args.version, 0)
-    text += f", version {args.version}"
-    return {"find": find, "epochs": epochs, "text": text, "draw": kaiming, "checks": all_checks[:2]}
+    return {"find": find, "epochs": epochs, "text": text, "draw": init, "checks": checks}
 
 
 SOURCES = {2: "Gem-Miner", 4: "IMP", 5: "Gem-Miner", 6: "SR-v4"}  # of the densities of a version of smart ratio
@@ -835,14 +834,6 @@ EXPERIMENTS = {
 EXPERIMENTS["fig1"] = EXPERIMENTS["fig3"]
 
 
-def papers(model, dataset):
-    """The rows of PAPER for a network and a data set, or else the nearest ones."""
-    for match in ((model, dataset), (model, "cifar10"), (model,), ("resnet20", "cifar10")):
-        rows = [gm.Setting(*row) for row in gm.PAPER if row[: len(match)] == match and row[1] != "shapes"]
-        if rows:
-            return rows
-
-
 def runs_of(experiment, args, more):
     """{(label, network, sparsity, seed): argv} of all runs of an Experiment, in order; and what to say of them."""
     runs, notes = {}, []
@@ -851,7 +842,8 @@ def runs_of(experiment, args, more):
     if args.dataset:
         networks = dict.fromkeys((model, args.dataset) for model, _ in networks)
     for model, dataset in networks:
-        rows, E = papers(model, dataset), args.epochs or gm.paper_setting(model, dataset, 1).epochs
+        rows = gm.paper_rows(model, "cifar10" if dataset == "shapes" else dataset)
+        E = args.epochs or gm.paper_setting(model, dataset, 1).epochs
         network = model if len({d for _, d in networks}) == 1 else f"{model} on {dataset}"
         if rows[0][:2] != (model, dataset):
             notes.append(f"The paper has no settings for {model} on {dataset}: those of {' on '.join(rows[0][:2])}.")

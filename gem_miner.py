@@ -79,8 +79,7 @@ def mine(
     optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (cosine)
     r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss
     init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given
-    invert     freeze the largest scores instead of the smallest: the third sanity check of section 4 (whose sentence
-               has the two the wrong way round for Gem-Miner)
+    invert     freeze the largest scores instead of the smallest: score inversion, section 4's third sanity check
     on_epoch   called as on_epoch(row, weights, state) after each epoch: its figures, the effective weights (d,), and
                what `state=` needs to go on from there (save or copy that: the search goes on with its tensors)
 
@@ -115,7 +114,7 @@ def mine(
         f.restore(state["rest"])
 
     for j in range(first, E + 1):                                              # line 4
-        stats = begin_epoch(f, opt, schedule(eta, j, E), seed, "mine", j)      # learning rate, random state, train mode
+        stats = begin_epoch(f, opt, schedule(eta, j, E), seed, "mine", j)      # sets lr, random state, train mode
         for x, y in minibatches(train, batch_size, f.device):                  # line 5
             w_eff = (w * q) * r(p)                                             # line 6
             out = f(w_eff, x)
@@ -379,12 +378,8 @@ class Stats:
         loss = float(self.loss / self.n)
         if not (math.isfinite(loss) and params.isfinite().all()):
             raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
-        return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": self.accuracy()}
-
-    def accuracy(self):
-        """In percent, or None."""
         acc = round(100 * float(self.correct) / self.n, 4)
-        return None if math.isnan(acc) else acc
+        return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": None if math.isnan(acc) else acc}
 
 
 def chunks(order, batch_size):
@@ -512,7 +507,7 @@ def reinit(f, init=signed_constant, seed=0):
     return init(f).to(f.device)
 
 
-# The third check, score inversion, is mine(..., invert=True).
+# The third check, score inversion, is mine(..., invert=True); section 4 has it for scores whose largest are pruned.
 
 # --- The paper's settings -----------------------------------------------------------------------------------
 
@@ -578,16 +573,18 @@ PAPER = [
 ]  # fmt: skip
 
 
-def paper_setting(model, dataset, sparsity):
-    """The row of PAPER for (model, dataset) whose sparsity is nearest, by ratio.
-
-    A pair that is not listed takes the paper's rows of its model, and an unlisted model those of ResNet-20.
-    """
+def paper_rows(model, dataset):
+    """The rows of PAPER for (model, dataset); where it has none, those of the model, or else of ResNet-20."""
     rows = [Setting(*row) for row in PAPER]
     for match in ((model, dataset), (model,), ("resnet20",)):
         found = [row for row in rows if row[: len(match)] == match]
         if found:
-            return min(found, key=lambda row: abs(math.log(row.sparsity / sparsity)))
+            return found
+
+
+def paper_setting(model, dataset, sparsity):
+    """That one of them whose sparsity is nearest, by ratio."""
+    return min(paper_rows(model, dataset), key=lambda row: abs(math.log(row.sparsity / sparsity)))
 
 
 # --- Data: uint8 tensors on the device, no workers ----------------------------------------------------------
@@ -728,8 +725,7 @@ def tinyimagenet(root):
         test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
     except (OSError, ValueError, LookupError) as e:
         raise InputError(f"{labels} is damaged: remove {home}, and it is downloaded again") from e
-    # Deviation 5: padded crops and flips, as in the authors' code, where A.1 says rotations and flips; and the
-    # validation images as test set, where A.1 has both.
+    # Deviation 5: A.1 says rotations, where we crop; and it has both validation and test images.
     return Data(read_images(train.samples), read_images(test), len(train.classes))
 
 

@@ -1752,7 +1752,7 @@ RUNS = {  # flags, epochs of the search, weights kept (d = 267,824; IMP takes 4 
     "ep": ("ep --gradual --epochs 3 --finetune-epochs 2", 3, 107_129, [0.1, 0.05]),
     "global": ("ep --global", 1, 107_129, [0.1]),
     "snip": ("snip --checks", 1, 107_130, [0.1]),
-    "sr": ("sr", 0, 107_119, [0.1]),
+    "sr": ("sr", 0, 107_123, [0.1]),
     "sr2": ("sr --version 2 --from {home}/ep", 0, None, [0.1]),
     "sr4": ("sr --version 4 --trials 2 --round-epochs 2 --from {home}/imp", 4, None, [0.1]),
     "sr5": ("sr --version 5 --epochs 2 --finetune-epochs 1 --lr 0.01 --from {home}/ep", 2, None, [0.1]),
