@@ -287,7 +287,7 @@ def at_init(
 def popup_count(d, s, j, E, T):
     """Gradual pruning: how many of d weights are in the mask in epoch j: d * s^(k/n), k = 1..n; T: period."""
     n = max(1, (E - 1) // T)
-    updated = T * max(0, (j - 2) // T)  # Rare Gems' code, counting epochs from 0: at the end of epochs T, 2T, ...
+    updated = T * max(0, (j - 2) // T)  # Rare Gems' code updates at the end of epochs T, 2T, ..., counted from 0
     k = min(n, max(1, (updated + 1) // T))
     return max(1, d - math.ceil(d * (1 - s ** (k / n)) - 1e-6))
 
@@ -1029,12 +1029,8 @@ def pictures(experiment, results):
                 if (label, network, s) in experiment.layers and first["dataset"] == "cifar10":
                     theirs = zip(experiment.layers[label, network, s], first["layers"])
                     lines[f"{label} (authors)"] = [100 * k / u["total"] for k, u in theirs]
-            yield (
-                f"{network} {percent(s)}: kept of each layer (%)",
-                "layer",
-                [u["name"] for u in first["layers"]],
-                lines,
-            )
+            names = [layer["name"] for layer in first["layers"]]
+            yield f"{network} {percent(s)}: kept of each layer (%)", "layer", names, lines
 
 
 def percent(s):

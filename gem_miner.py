@@ -92,7 +92,7 @@ def mine(
     r, norm, init = r or round_ste, norm or l2, init or signed_constant
     optimizer, schedule = optimizer or sgd, schedule or cosine
     s, E, eta, d = sparsity, epochs, lr, f.d
-    T = max(1, round(E / 30)) if period is None else period
+    T = max(1, round(E / 30)) if period is None else period                    # Table 8: 5 of 150 epochs
     check_sparsity(s, d)
     if not 1 <= T <= E or T != int(T):
         raise InputError(f"the period must be a whole number from 1 to the number of epochs ({E}): not {T}")
@@ -111,7 +111,7 @@ def mine(
         w, q, m = state["w"].to(w), state["q"].to(w), state["m"].to(w)
         p.data.copy_(state["p"])
         opt.load_state_dict(state["optimizer"])
-        f.restore(state["rest"])
+        f.restore(state["rest"])       # BatchNorm's statistics, above all
 
     for j in range(first, E + 1):                                              # line 4
         stats = begin_epoch(f, opt, schedule(eta, j, E), seed, "mine", j)      # sets lr, random state, train mode
@@ -140,9 +140,9 @@ def mine(
 def freeze(p, q, keep, invert=False):
     """Lines 11 to 15: q with all but `keep` of its ones set to 0, those of the smallest scores (invert: largest).
 
-    The bottom fraction of line 13, 1 - e^(cT) in print, is 1 - e^(-cT): what takes d * e^(-c(j-T)) to d * e^(-cj).
-    Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E, hence `last` above; and counting from
-    d, not from the survivors, adds up no rounding. As in Algorithm 1, p stays: where q is 0, it no longer matters.
+    Line 13 prints the bottom fraction as 1 - e^(cT); 1 - e^(-cT) is meant, which leaves d * e^(-cj) after epoch j.
+    Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E, hence `last` above; and `keep` is
+    counted from d, not from the survivors, so that no rounding adds up. p stays as it is: q hides what is frozen.
     """
     # fmt: off
     alive = q.nonzero().squeeze(1)                                             # line 11, I_1
@@ -446,7 +446,7 @@ def fit(
     """
     u = u.to(f.device, copy=True).requires_grad_()
     opt = optimizer([u, *others], lr)
-    first, left = 1, steps
+    first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
         first, left = state["epoch"] + 1, state["left"]
         u.data.copy_(state["u"])
@@ -466,7 +466,7 @@ def fit(
         left = None if left is None else left - stats.steps
         v = effective(u.detach(), j)
         kept = int(v.count_nonzero())
-        row = stats.row(u) | {"q": kept, "m": kept}
+        row = stats.row(u) | {"q": kept, "m": kept}  # one mask now; the two columns show it
         if on_epoch:
             progress = {"epoch": j, "left": left, "u": u.detach()}
             on_epoch(row, v, {**progress, "optimizer": opt.state_dict(), "rest": f.rest()})
@@ -583,7 +583,7 @@ def paper_rows(model, dataset):
 
 
 def paper_setting(model, dataset, sparsity):
-    """That one of them whose sparsity is nearest, by ratio."""
+    """The one of paper_rows whose sparsity is nearest, by ratio."""
     return min(paper_rows(model, dataset), key=lambda row: abs(math.log(row.sparsity / sparsity)))
 
 
@@ -719,12 +719,8 @@ def tinyimagenet(root):
         download_and_extract_archive(BY_HAND["tinyimagenet"], root, root / "unpacking", md5=md5)
         (root / "unpacking" / home.name).rename(home)  # only now: it is there whole or not at all
     train = ImageFolder(home / "train")
-    labels = home / "val" / "val_annotations.txt"
-    try:
-        rows = [line.split("\t") for line in labels.read_text().splitlines()]
-        test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
-    except (OSError, ValueError, LookupError) as e:
-        raise InputError(f"{labels} is damaged: remove {home}, and it is downloaded again") from e
+    rows = [line.split("\t") for line in (home / "val" / "val_annotations.txt").read_text().splitlines()]
+    test = [(home / "val" / "images" / row[0], train.class_to_idx[row[1]]) for row in rows]
     # Deviation 5: A.1 says rotations, where we crop; and it has both validation and test images.
     return Data(read_images(train.samples), read_images(test), len(train.classes))
 
@@ -833,13 +829,7 @@ def draw_shapes(n, seed, size=32):
     return Split((255 * image.clamp(0, 1)).round().to(torch.uint8), y)
 
 
-LOADERS = {
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "tinyimagenet": tinyimagenet,
-    "caltech101": caltech101,
-    "shapes": shapes,
-}
+LOADERS = {loader.__name__: loader for loader in (cifar10, cifar100, tinyimagenet, caltech101, shapes)}
 BY_HAND = {  # what to put into --data-dir, as it is
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
@@ -1207,9 +1197,9 @@ def run_command(args, find, epochs, text, draw, checks):
         f.restore(after)
         return run.phase(phase, finetune, f, w, m, train, seed=args.seed, **tuning)
 
-    before = f.rest()
+    before = f.rest()  # BatchNorm, biases: as built,
     gem = find(run, "mine", f, train, **search)
-    after = f.rest()
+    after = f.rest()  # and as the search leaves them, where every finetuning starts
     # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
     # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
     mask = gem.m if args.finetune_mask == "m" else gem.q
