@@ -1273,7 +1273,7 @@ def show_head(args, f, train, test, text):
         f"search     {text}\n"
         f"finetuning {args.finetune_epochs} epochs; sgd, lr {args.finetune_lr:g}, {later}\n"
         f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
-        f" torch {torch.__version__}; {args.out}\n\n"
+        f" torch {torch.__version__}, {torch.get_num_threads()} threads; {args.out}\n\n"
         f"phase            epoch         lr    loss  train %  {' val' if args.val else 'test'} %     q %  r(p)q %"
         "  seconds      left"
     )
