@@ -633,8 +633,8 @@ def commands(model, E, scale, folder):
         "Dense": "dense",
         "IMP (warm)": f"imp --rewind {warm}",
         "IMP (cold)": "imp",
-        "IMP (short, warm)": f"imp --round-epochs {n(8)} --rewind {warm}",
-        "IMP (short, cold)": f"imp --round-epochs {n(8)}",
+        "Short IMP (warm)": f"imp --round-epochs {n(8)} --rewind {warm}",
+        "Short IMP (cold)": f"imp --round-epochs {n(8)}",
         "Renda et al.": "lrr",
         "Random": "random",
         "SNIP": "snip",
@@ -825,8 +825,8 @@ EXPERIMENTS = {
     "fig10": Experiment(
         "Fig. 10: four kinds of IMP", RESNET20, (), ("kept %", "before", "after"), {
             "Gem-Miner": {"after": 77.89},
-            "IMP (short, cold)": {},
-            "IMP (short, warm)": {},
+            "Short IMP (cold)": {},
+            "Short IMP (warm)": {},
             "IMP (cold)": {},
             "IMP (warm)": {"after": 74.52},
         }, at=("resnet20", 0.0144)),
