@@ -846,7 +846,8 @@ def runs_of(experiment, args, more):
         E = args.epochs or gm.paper_setting(model, dataset, 1).epochs
         network = model if len({d for _, d in networks}) == 1 else f"{model} on {dataset}"
         if rows[0][:2] != (model, dataset):
-            notes.append(f"The paper has no settings for {model} on {dataset}: those of {' on '.join(rows[0][:2])}.")
+            theirs = " on ".join(rows[0][:2])
+            notes.append(f"The paper has no settings for {model} on {dataset}, so those of {theirs} are taken.")
         listed = experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
         for s, seed, label in itertools.product(args.sparsity or listed, range(args.seeds), experiment.rows):
             kept = 1.0 if label == "Dense" else s or experiment.own[label]

@@ -1933,7 +1933,7 @@ def test_a_table_says_what_made_it(capsys, tmp_path):
     bl.show(experiment, args, results, bl.runs_of(experiment, args, [])[1])
     out = capsys.readouterr().out
     assert "cifar100, 1 seed; cpu (x86), torch 2; accuracies in % of the validation images" in out
-    assert "The paper has no settings for resnet32x2 on cifar100: those of resnet20 on cifar10" in out
+    assert "The paper has no settings for resnet32x2 on cifar100, so those of resnet20 on cifar10 are taken." in out
     assert "| Gem-Miner | resnet32x2 | 5% | 11.111 | 50.00 | 60.00 | not checked | not checked | not checked |" in out
     assert "| EP | resnet32x2 | not run | not run |" in out
     assert "| Gem-Miner | resnet32x2 | 0.05 | 20 |  | 64 | 1 |  | 0.1 | 1e-05 | 0.01 |  |" in out
