@@ -283,7 +283,9 @@ def oracle(model, batches, w, p, s, E, T, eta, lam, norm, invert):
     return torch.tensor(p, dtype=torch.float64), torch.tensor(q), figures
 
 
-@pytest.mark.parametrize("case", [{}, {"norm": "l1"}, {"invert": True}, {"T": 1}, {"E": 7}, {"lam": 0.0, "eta": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "case", [{}, {"norm": "l1"}, {"invert": True}, {"T": 1}, {"E": 7}, {"lam": 0.0, "eta": 0.2}], ids=str
+)
 def test_mine_is_algorithm_1(case):
     case = {"s": 0.2, "E": 6, "T": 2, "eta": 0.05, "lam": 0.02, "norm": "l2", "invert": False, **case}
     model, batches, drawn, rows = tiny().eval(), tiny_batches(), {}, []
