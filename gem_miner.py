@@ -892,6 +892,8 @@ class Run:
         self.out, self.settings, self.f, self.test = out, settings, f, test
         self.rows, self.left = [], 0  # left: epochs to come
         phases = [path for path in out.glob("*.pt") if path.name != "gem.pt"]
+        if (out / "checkpoint.pt").exists():
+            raise InputError(f"{out} holds a run of an older version of this program: choose another --out")
         if resume and not phases:
             raise InputError(f"nothing to resume in {out}: run the same command without --resume")
         log = out / "log.jsonl"
@@ -1260,22 +1262,20 @@ def check_lambda(args, steps):
 
 
 def show_head(args, f, train, test, text):
-    later = "cosine"
-    if args.finetune_schedule == "multistep":
-        drops = [max(1, round(args.finetune_epochs * t)) for t in args.milestones]
-        later = "a tenth after " + " and ".join(map(str, drops))
+    kept, (what, column) = round(args.sparsity * f.d), ("validate", "val") if args.val else ("test", "test")
+    schedule, drops = args.finetune_schedule, [max(1, round(args.finetune_epochs * t)) for t in args.milestones]
+    later = schedule if schedule == "cosine" else "a tenth after " + " and ".join(map(str, drops))
+    precision = "bfloat16" if args.bf16 else "float32"
     print(
-        f"{args.method:<10} {args.model}, d = {f.d:,}; keep {round(args.sparsity * f.d):,} weights"
-        f" ({100 * args.sparsity:g}%)\n"
-        f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to"
-        f" {'validate' if args.val else 'test'} on; batches of {args.batch_size}\n"
+        f"{args.method:<10} {args.model}, d = {f.d:,}; keep {kept:,} weights ({100 * args.sparsity:g}%)\n"
+        f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to {what} on;"
+        f" batches of {args.batch_size}\n"
         f"defaults   those of {args.defaults}\n"
         f"search     {text}\n"
         f"finetuning {args.finetune_epochs} epochs; sgd, lr {args.finetune_lr:g}, {later}\n"
-        f"running    on {args.device.type} in {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed},"
-        f" torch {torch.__version__}, {torch.get_num_threads()} threads; {args.out}\n\n"
-        f"phase            epoch         lr    loss  train %  {' val' if args.val else 'test'} %     q %  r(p)q %"
-        "  seconds      left"
+        f"running    on {args.device.type} in {precision}, {torch.get_num_threads()} threads, seed {args.seed},"
+        f" torch {torch.__version__}; {args.out}\n\n"
+        f"phase            epoch         lr    loss  train % {column:>5} %     q %  r(p)q %  seconds      left"
     )
 
 

@@ -1137,6 +1137,8 @@ def test_bad_run_folders(finished, pictures, tmp_path, capsys):
     (tmp_path / "other" / "log.jsonl").write_text("of another program")
     refused(command(pictures, tmp_path / "other"), capsys, "already holds")
     assert (tmp_path / "other" / "log.jsonl").read_text() == "of another program"
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    refused([*argv, "--resume"], capsys, "older version", "another --out")
 
 
 def test_a_run_on_other_images_is_not_continued(pictures, tmp_path, capsys):
