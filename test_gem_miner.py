@@ -1901,6 +1901,29 @@ def test_tables_share_runs_and_show_the_papers_figures_beside_ours(pictures, tmp
     assert figure.count("    line [") == 1  # the authors' are of CIFAR-10
 
 
+def test_new_tables_show_what_their_runs_found(pictures, tmp_path, capsys):
+    """Table 1, and Fig. 4 and 8, which share its run of Gem-Miner; all cells are those of result.json."""
+    flags = f"--dataset folder:{pictures} --model resnet20 --epochs 1 --batch-size 16 --sparsity 0.4".split()
+    flags += ["--out", str(tmp_path)]
+    *_, ours, random_ticket, _ = printed(capsys, "table1", "--dry-run", *flags).splitlines()
+    assert gm.main(shlex.split(ours, comments=True)[2:]) == 0
+    assert bl.main(shlex.split(random_ticket, comments=True)[2:]) == 0
+    result, other = (result_of(next(tmp_path.glob(f"{label}-*"))) for label in ("Gem-Miner", "Random"))
+    after, n, checks = result["post_finetune_acc"], 20, result["checks"]
+    accs = [f"{result['pre_finetune_acc']:.2f}", f"{after:.2f}"]
+    checked = [f"{check['post_finetune_acc']:.2f}" for check in checks.values()]
+    finetunable = min(
+        gm.clearly_above(after, before, n) for before in (result["pre_finetune_acc"], other["post_finetune_acc"])
+    )
+    failed = [gm.CHECKS[name] for name, check in checks.items() if not check["passed"]]
+    row = table(printed(capsys, "table1", "--so-far", *flags))["Gem-Miner", "resnet20", "40%"]
+    ticks = ["yes", "yes" if finetunable else "no", "no: " + ", ".join(failed) if failed else "yes"]
+    assert row == [*ticks, "1", "40.000", accs[0], f"{result['reestimated_acc']:.2f}", accs[1], *checked]
+    for name in ("fig4", "fig8"):
+        row = table(printed(capsys, name, "--so-far", *flags))["Gem-Miner", "resnet20", "40%"]
+        assert row == ["40.000", *accs, *checked]
+
+
 def test_the_authors_layers_stand_beside_ours_on_cifar10():
     layers = [{"name": f"layer {i}", "kept": i, "total": 200} for i in range(20)]
     results = {("Gem-Miner", "resnet20", 0.0144): [{"layers": layers, "dataset": "cifar10"}]}
