@@ -1902,26 +1902,24 @@ def test_tables_share_runs_and_show_the_papers_figures_beside_ours(pictures, tmp
 
 
 def test_new_tables_show_what_their_runs_found(pictures, tmp_path, capsys):
-    """Table 1, and Fig. 4 and 8, which share its run of Gem-Miner; all cells are those of result.json."""
+    """Table 1, and Fig. 4 and 8, which share its run of Gem-Miner. Its figures are then made all different."""
     flags = f"--dataset folder:{pictures} --model resnet20 --epochs 1 --batch-size 16 --sparsity 0.4".split()
     flags += ["--out", str(tmp_path)]
     *_, ours, random_ticket, _ = printed(capsys, "table1", "--dry-run", *flags).splitlines()
     assert gm.main(shlex.split(ours, comments=True)[2:]) == 0
     assert bl.main(shlex.split(random_ticket, comments=True)[2:]) == 0
-    result, other = (result_of(next(tmp_path.glob(f"{label}-*"))) for label in ("Gem-Miner", "Random"))
-    after, n, checks = result["post_finetune_acc"], 20, result["checks"]
-    accs = [f"{result['pre_finetune_acc']:.2f}", f"{after:.2f}"]
-    checked = [f"{check['post_finetune_acc']:.2f}" for check in checks.values()]
-    finetunable = min(
-        gm.clearly_above(after, before, n) for before in (result["pre_finetune_acc"], other["post_finetune_acc"])
-    )
-    failed = [gm.CHECKS[name] for name, check in checks.items() if not check["passed"]]
+    path = next(tmp_path.glob("Gem-Miner-*")) / "result.json"
+    result = json.loads(path.read_text())
+    result |= {"pre_finetune_acc": 5.0, "reestimated_acc": 10.0, "post_finetune_acc": 99.0}
+    for name, acc in (("shuffle", 20.0), ("reinit", 30.0), ("invert", 98.0)):
+        result["checks"][name] |= {"post_finetune_acc": acc, "passed": acc < 90}
+    path.write_text(json.dumps(result))
     row = table(printed(capsys, "table1", "--so-far", *flags))["Gem-Miner", "resnet20", "40%"]
-    ticks = ["yes", "yes" if finetunable else "no", "no: " + ", ".join(failed) if failed else "yes"]
-    assert row == [*ticks, "1", "40.000", accs[0], f"{result['reestimated_acc']:.2f}", accs[1], *checked]
+    assert row[:5] == ["yes", "yes", "no: score inversion", "1", "40.000"]
+    assert row[5:] == ["5.00", "10.00", "99.00", "20.00", "30.00", "98.00"]
     for name in ("fig4", "fig8"):
         row = table(printed(capsys, name, "--so-far", *flags))["Gem-Miner", "resnet20", "40%"]
-        assert row == ["40.000", *accs, *checked]
+        assert row == ["40.000", "5.00", "99.00", "20.00", "30.00", "98.00"]
 
 
 def test_the_authors_layers_stand_beside_ours_on_cifar10():
