@@ -887,10 +887,6 @@ def is_complete(run):
     return bool(result) and set(wanted(run)) <= set(result.get("checks", ()))
 
 
-def begun(run):
-    return any(path.name != "gem.pt" for path in run.out.glob("*.pt"))
-
-
 def paper(args, more):
     """Run an experiment, and print it in Markdown."""
     experiment = EXPERIMENTS[args.experiment]
@@ -924,7 +920,7 @@ def run_all(runs):
     for run in runs.values():
         if is_complete(run):
             continue
-        run.resume = begun(run)
+        run.resume = bool(gm.phase_files(run.out))
         try:
             gm.run_command(run, **plan(run))
         except (gm.InputError, FloatingPointError) as e:
@@ -938,7 +934,8 @@ def dry_run(runs):
     costs = []
     for run in {run.command: run for run in runs.values()}.values():
         costs.append(gm.cost(run, plan(run)["epochs"], wanted(run)))
-        done, resume = "# complete: " * is_complete(run), " --resume" * begun(run)
+        done = "# complete: " if is_complete(run) else ""
+        resume = " --resume" if gm.phase_files(run.out) else ""
         print(f"{done}{run.command}{resume}  # {costs[-1]:,} epochs")
     print(f"# {len(costs)} runs, {sum(costs):,} epochs")
 

@@ -877,6 +877,11 @@ def same_settings(ours, theirs, path):
             raise InputError(f"{found}: use the same, or choose another --out")
 
 
+def phase_files(out):
+    """What --resume can go on from."""
+    return [path for path in out.glob("*.pt") if path.name != "gem.pt"]
+
+
 class Run:
     """The folder of one run of the Network f, and its phases, one after the other; test: the Batches to report on.
 
@@ -891,7 +896,7 @@ class Run:
     def __init__(self, out, settings, resume, f, test):
         self.out, self.settings, self.f, self.test = out, settings, f, test
         self.rows, self.left = [], 0  # left: epochs to come
-        phases = [path for path in out.glob("*.pt") if path.name != "gem.pt"]
+        phases = phase_files(out)
         if (out / "checkpoint.pt").exists():
             raise InputError(f"{out} holds a run of an older version of this program: choose another --out")
         if resume and not phases:
