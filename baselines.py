@@ -23,8 +23,8 @@ Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --fi
 
 As a library: METHOD(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is at_init(...,
 score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
-train, lr=0.1). model, train and batch_size are as for gem_miner.mine; the model is left in eval mode, holding w * m.
-New weights are drawn, except with init=gem_miner.given.
+train, lr=0.1). model, train, batch_size and criterion are as for gem_miner.mine; the model is left in eval mode,
+holding w * m. New weights are drawn, except with init=gem_miner.given.
 
 Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's).
 All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the
@@ -76,7 +76,7 @@ def largest(p, sizes, counts, invert=False):
     """The mask, in bool, of the counts[l] largest of each part of p, (d,), of sizes[l] (invert: the smallest)."""
     m = torch.zeros_like(p, dtype=torch.bool)
     for part, scores, n in zip(m.split(sizes), p.split(sizes), counts):
-        part[scores.topk(n, largest=not invert, sorted=False).indices] = True
+        part.index_fill_(0, scores.topk(n, largest=not invert, sorted=False).indices, True)  # waits for no GPU
     return m
 
 
@@ -96,8 +96,8 @@ def imp_rounds(s):
 
 
 def imp(
-    model, train, *, sparsity, epochs, rewind=0, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal, batch_size=128,
-    seed=0, phase=at_once,
+    model, train, *, sparsity, epochs, rewind=0, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal,
+    criterion=F.cross_entropy, batch_size=128, seed=0, phase=at_once,
 ):  # fmt: skip
     """Iterative magnitude pruning (Frankle & Carbin, 2019; Frankle et al., 2020). Cost: `epochs`, over all rounds.
 
@@ -116,8 +116,8 @@ def imp(
 
     def trained(name, i, w, m, **kw):
         return phase(
-            name, gm.finetune, f, w, m, train, epochs=E, lr=lr, schedule=schedule, batch_size=batch_size,
-            seed=f"{seed}, round {i}", **kw,
+            name, gm.finetune, f, w, m, train, epochs=E, lr=lr, schedule=schedule, criterion=criterion,
+            batch_size=batch_size, seed=f"{seed}, round {i}", **kw,
         )  # fmt: skip
 
     w = start = draw(f, init, seed)
@@ -268,7 +268,8 @@ def at_init(
     gm.check_sparsity(sparsity, ours.d)
     w = draw(ours, init, seed)
     device = "cpu" if how.dtype and ours.device.type == "mps" else ours.device  # MPS has no float64
-    f = gm.Network(copy.deepcopy(ours.model).to(device, how.dtype or ours.dtype))
+    model = copy.deepcopy(ours.model).to(device, how.dtype)
+    f = gm.Network(model, prune=lambda name, _: name in ours.names)
     batches = partial(gm.minibatches, train, batch_size, f.device)
     v, m = w.to(f.device, f.dtype), torch.ones(f.d, dtype=torch.bool, device=f.device)
     gm.reseed(seed, "score")
@@ -294,7 +295,7 @@ def popup_count(d, s, j, E, T):
 
 def edge_popup(
     model, train, *, sparsity, epochs, whole=False, period=None, regularize=False, lr=0.1, init=gm.signed_constant,
-    invert=False, batch_size=128, seed=0, on_epoch=None, state=None,
+    invert=False, criterion=F.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None,
 ):  # fmt: skip
     """Edge-popup (Ramanujan et al., 2020): learn scores p; the network is w * m, m the top s of |p| in every layer.
 
@@ -320,8 +321,8 @@ def edge_popup(
     # Theirs: weight decay 5e-4 on the scores. lambda * ||p||^2 has the gradient of a weight decay of 2 * lambda.
     p = gm.fit(
         f, p, effective, train, phase="edge-popup", epochs=epochs, lr=lr, schedule=gm.cosine,
-        optimizer=partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4), batch_size=batch_size, seed=seed,
-        on_epoch=on_epoch, state=state,
+        optimizer=partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4), criterion=criterion,
+        batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
     ).abs()  # fmt: skip
     return ticket(f, w, p, largest(p, sizes, goal, invert).to(w))
 
@@ -380,13 +381,15 @@ def smart_ratio_ticket(model, train, *, sparsity=None, densities=None, init=gm.k
     return ticket(f, draw(f, init, seed), m, m)
 
 
-def tune_densities(model, train, p, *, epochs, lr=1e-6, batch_size=128, seed=0, on_epoch=None, state=None):
+def tune_densities(
+    model, train, p, *, epochs, lr=1e-6, criterion=F.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None
+):
     """Minimise equation (1) of appendix B by SGD over the densities p (SR-v5, v6). Returns the new ones.
 
     The weights are signed constants, each kept with the probability of its layer, drawn anew in every step.
     """
     f = gm.Network.of(model)
-    w, sizes, fresh = draw(f, gm.signed_constant, seed), torch.tensor(f.sizes, device=f.device), f.rest()
+    w, fresh = draw(f, gm.signed_constant, seed), f.rest()
 
     def boxed(params, eta):
         opt = gm.sgd(params, eta)
@@ -395,10 +398,10 @@ def tune_densities(model, train, p, *, epochs, lr=1e-6, batch_size=128, seed=0, 
 
     p = gm.fit(
         f, torch.tensor(p, dtype=f.dtype),
-        lambda p, j: w * gm.round_random(p.repeat_interleave(sizes, output_size=f.d)), train,
+        lambda p, j: w * gm.round_random(torch.cat([x.expand(n) for x, n in zip(p, f.sizes)])), train,
         # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. That is all but constant.
         phase="equation 1", epochs=epochs, lr=lr, optimizer=boxed, schedule=lambda eta, j, E: eta,
-        batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
+        criterion=criterion, batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
     ).tolist()  # fmt: skip
     f.restore(fresh)
     return p
@@ -1075,7 +1078,7 @@ def bench(args):
     setting, device = gm.paper_setting(args.model, None, 0.0144), args.device
     side, classes, images = (32, 10, 50_000) if setting.dataset == "cifar10" else (64, 200, 100_000)
     size, steps = args.batch_size or setting.batch_size, 4 if device.type == "cpu" else 20
-    f = gm.Network(models.build(args.model, classes, image_size=side).to(device), args.bf16, args.compile)
+    f = gm.Network(models.build(args.model, classes, image_size=side).to(device), bf16=args.bf16, compile=args.compile)
     w, plain = draw(f, gm.signed_constant, 0), copy.deepcopy(f.model).to(memory_format=torch.channels_last)
     call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
     x = [torch.randn(size, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(steps)]

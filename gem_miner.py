@@ -36,11 +36,13 @@ import os
 import platform
 import random
 import shlex
+import socket
 import subprocess
 import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +61,10 @@ class InputError(ValueError):
 
 
 class Gem(NamedTuple):
-    """What mine() returns: vectors of length d, in the order of Network.names."""
+    """What mine() returns: vectors of length d. f.views(gem.q) gives each layer's part, in the shape of its weight.
+
+    For PyTorch's pruning: prune.custom_from_mask(layer, "weight", f.views(gem.q)[name]). To save: gem._asdict().
+    """
 
     w: torch.Tensor  # the weights, as drawn
     p: torch.Tensor  # the learned scores, in [0, 1]; without meaning where q is 0
@@ -68,36 +73,41 @@ class Gem(NamedTuple):
 
 
 def mine(
-    model, train, *, sparsity, epochs=150, period=None, lr=0.1, lam=1e-4, optimizer=None, schedule=None, r=None,
+    model, train, *, sparsity, epochs=150, period=None, lr=0.1, lam="auto", optimizer=None, schedule="cosine", r=None,
     norm=None, init=None, invert=False, criterion=F.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None,
 ):  # fmt: skip
-    """Algorithm 1 of the paper: find a gem in `model`, an nn.Module (or Network) with Conv or Linear weights.
+    """Algorithm 1 of the paper: find the fraction `sparsity` of weights to KEEP, in an nn.Module or a Network.
 
-    train      tensors (x, y), cut into shuffled batches, or what yields batches (x, y) each time it is iterated
+    train      tensors or arrays (x, y), cut into shuffled batches, or what yields batches (x, y) each time it is
+               iterated. x: what the model takes; a tuple or list gives its arguments, a dict its keyword arguments
     sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1)
-    lr, lam    eta > 0 and lambda >= 0. norm: the penalty, l2 (default, the paper's) or l1
-    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (cosine)
-    r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss
+    lr, lam    eta > 0 and lambda >= 0 ("auto": choose_lambda). norm: the penalty, l2 (default, the paper's) or l1
+    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (default:
+               cosine); None leaves the optimizer's rates alone
+    r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss, a scalar
     init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given
     invert     freeze the largest scores instead of the smallest: score inversion, section 4's third sanity check
     on_epoch   called as on_epoch(row, weights, state) after each epoch: its figures, the effective weights (d,), and
-               what `state=` needs to go on from there (save or copy that: the search goes on with its tensors)
+               what `state=` needs to go on from there (save or copy that: the search goes on with its tensors). If
+               it returns True, the search ends, with more weights than s asks for if freezes are left
 
     Returns a Gem, and leaves the model in eval mode, holding w * m. Biases and affine BatchNorm stay as they are. All
     that is random depends on `seed` and the epoch alone; torch's random state is not kept. Raises InputError, a
-    ValueError, for values out of range and FloatingPointError for a loss that is not finite.
+    ValueError, for what it cannot use and FloatingPointError for a loss that is not finite. With few steps (E times
+    the number of batches below some 2,000), take a larger lr, such as 1: scores start in [0, 1] and have to travel.
     """
     # fmt: off
     f = Network.of(model)
     r, norm, init = r or round_ste, norm or l2, init or signed_constant
-    optimizer, schedule = optimizer or sgd, schedule or cosine
-    s, E, eta, d = sparsity, epochs, lr, f.d
+    optimizer, schedule = optimizer or sgd, cosine if schedule == "cosine" else schedule
+    s, E, eta, d, auto = sparsity, epochs, lr, f.d, lam == "auto"
     T = max(1, round(E / 30)) if period is None else period                    # Table 8: 5 of 150 epochs
     check_sparsity(s, d)
     if not 1 <= T <= E or T != int(T):
         raise InputError(f"the period must be a whole number from 1 to the number of epochs ({E}): not {T}")
-    if not lam >= 0:
+    if not auto and not lam >= 0:
         raise InputError(f"lambda must not be negative: {lam}")
+    ours = {"d": d, "sparsity": s, "epochs": E, "period": T, "seed": seed}
 
     last = E // T * T                  # the epoch of the last freeze; there d * e^(-cj) is d * s (Deviation 1)
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
@@ -105,16 +115,21 @@ def mine(
     w = init(f).to(f.device)                                                   # line 2
     p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()             # line 3
     opt = optimizer([p], eta)
-    first = 1
+    first, steps = 1, count_batches(train, batch_size)
+    if auto and (not isinstance(opt, torch.optim.SGD) or norm is not l2 or r is not round_ste):
+        raise InputError('lam="auto" is for SGD, l2 and round_ste: give lambda as a number')
     if state:
-        first = state["epoch"] + 1
+        check_state(state, ours)
+        first, steps = state["epoch"] + 1, state["steps"]
         w, q, m = state["w"].to(w), state["q"].to(w), state["m"].to(w)
         p.data.copy_(state["p"])
         opt.load_state_dict(state["optimizer"])
         f.restore(state["rest"])       # BatchNorm's statistics, above all
 
     for j in range(first, E + 1):                                              # line 4
-        stats = begin_epoch(f, opt, schedule(eta, j, E), seed, "mine", j)      # sets lr, random state, train mode
+        stats = begin_epoch(f, opt, schedule, eta, j, E, seed, "mine")         # sets lr, random state, train mode
+        if auto:
+            lam = choose_lambda(p.detach(), q, round(d * s ** min(1, 2 * j / E)), opt, steps)
         for x, y in minibatches(train, batch_size, f.device):                  # line 5
             w_eff = (w * q) * r(p)                                             # line 6
             out = f(w_eff, x)
@@ -123,15 +138,17 @@ def mine(
             (loss + lam * norm(p)).backward(inputs=[p])                        # line 7, straight through r
             opt.step()
             p.data.clamp_(0, 1)                                                # line 8, proj onto [0,1]^d
-            stats.add(loss, out, y)
+            stats.add(loss, out, x, y)
         if j % T == 0:                                                         # line 10
             keep = round(d * s ** (j / last))                                  # d * e^(-cj), c = ln(1/s) / last
             q = freeze(p.detach(), q, keep, invert)                            # lines 11-15
         m = r(p.detach()) * q                                                  # the output
-        row = stats.row(p) | {"q": int(q.count_nonzero()), "m": int(m.count_nonzero())}
+        steps = stats.steps
+        row = stats.row(p) | {"q": int(q.count_nonzero()), "m": int(m.count_nonzero()), "lam": lam}
         if on_epoch:
-            vectors = {"w": w, "p": p.detach(), "q": q.bool(), "m": m.bool()}
-            on_epoch(row, w * m, {"epoch": j, **vectors, "optimizer": opt.state_dict(), "rest": f.rest()})
+            now = {"epoch": j, "steps": steps, "w": w, "p": p.detach(), "q": q.bool(), "m": m.bool()}
+            if on_epoch(row, w * m, {**ours, **now, "optimizer": opt.state_dict(), "rest": f.rest()}):
+                break
     # fmt: on
     f.settle(w, m)
     return Gem(w, p.detach(), q, m)
@@ -145,13 +162,30 @@ def freeze(p, q, keep, invert=False):
     counted from d, not from the survivors, so that no rounding adds up. p stays as it is: q hides what is frozen.
     """
     # fmt: off
+    device = q.device
+    if device.type == "mps":           # there boolean indexing and sorting have been wrong at times
+        p, q = p.cpu(), q.cpu()
     alive = q.nonzero().squeeze(1)                                             # line 11, I_1
     alive = alive[torch.randperm(len(alive), device=p.device)]                 # many scores are 0: ties fall at random
     alive = alive[p[alive].argsort(stable=True, descending=invert)]            # line 12
     q = q.clone()
     q[alive[: max(0, len(alive) - keep)]] = 0                                  # lines 13-15
-    return q
+    return q.to(device)
     # fmt: on
+
+
+def choose_lambda(p, q, keep, opt, steps):
+    """lam="auto", which the paper does not have: a lambda for the coming epoch of so many steps.
+
+    By itself the penalty of line 7 shrinks a score, under SGD, to e^(-X) of it in an epoch, X = 2 * lam * (sum of the
+    learning rates of its steps) / (1 - momentum). Let t be the largest of those surviving scores that are below the
+    `keep` best. X = ln(2t) brings it to 0.5: r(p) * q has `keep` ones at the end, if the loss moves nothing. mine()
+    asks for s ** min(1, 2j / E) of the weights in epoch j: s is reached after half of the epochs, and held.
+    """
+    p, q = (t.cpu() if t.device.type == "mps" else t for t in (p, q))  # as in freeze
+    alive = p[q.bool()].sort(descending=True).values
+    t, group = float(alive[min(keep, len(alive) - 1)]), opt.param_groups[0]
+    return math.log(2 * max(t, 0.5)) * (1 - group["momentum"]) / (2 * steps * group["lr"]) if steps else 0.0
 
 
 class StraightThrough(torch.autograd.Function):
@@ -220,28 +254,43 @@ def check_sparsity(s, d):
 class Network(nn.Module):
     """An untouched nn.Module as a function f(v, x) of ONE vector v in R^d that holds its prunable weights.
 
-    Prunable is every Conv and Linear weight; one that modules share counts once. Everything else (biases,
-    BatchNorm) stays in the module. Attributes: d; names, shapes, sizes of the prunable tensors, in their order
-    in the vector. bf16: run under bfloat16 autocast. compile: train through torch.compile.
+    prune: (name, parameter) -> whether that is prunable; default: it is a Conv's or Linear's weight. A parameter that
+    modules share counts once. Everything else (biases, BatchNorm) stays in the module. Attributes: d; names, shapes,
+    sizes of the prunable tensors, in their order in the vector. Vectors are float32, or float64 if the model is.
+    bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
-    def __init__(self, model, bf16=False, compile=False):
+    def __init__(self, model, prune=None, bf16=False, compile=False):
         super().__init__()
-        self.model, self.bf16 = model, bf16
+        self.model, self.bf16, self.compile = model, bf16, compile
+        layers = {name: t for name, t in model.named_modules() if isinstance(t, (nn.Linear, nn.modules.conv._ConvNd))}
+        for name in layers if not prune else ():
+            if "weight" not in layers[name]._parameters:  # torch.nn.utils.prune, weight_norm, ...
+                cure = "call torch.nn.utils.prune.remove, or remove_parametrizations, first"
+                raise InputError(f"the weight of layer {name!r} is computed from other parameters: {cure}")
+        prune = prune or (lambda name, _: name.rpartition(".")[0] in layers and name.split(".")[-1] == "weight")
         found = {}  # {parameter: its first name}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and parameter is owner.weight:
+            if prune(name, parameter):
                 found.setdefault(parameter, name)
         if not found:
-            raise InputError("this model has no Conv or Linear weight: there is nothing to prune")
+            raise InputError("there is nothing to prune: no weight of a Conv or Linear, or none that prune= takes")
+        if any(nn.parameter.is_lazy(parameter) for parameter in found):
+            raise InputError("this model has lazy layers: run a batch through it first, so that they get their shapes")
         self.names = list(found.values())
         self.shapes = [tuple(parameter.shape) for parameter in found]
         self.sizes = [parameter.numel() for parameter in found]
         self.d = sum(self.sizes)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        if 2 * self.d < total:
+            about = f"only {self.d:,} of {total:,} parameters are to be pruned"
+            warnings.warn(f"{about}: Network(model, prune=...) chooses which", stacklevel=2)
         # One graph for each size of batch; on CUDA, replayed without a launch from Python ("CUDA graph").
         # Evaluation is too short to pay for its own compilation.
         self.in_training = torch.compile(self.call, dynamic=False, mode="reduce-overhead") if compile else self.call
+        if compile:  # else dynamo would quietly go eager after eight graphs in one process
+            limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+            setattr(torch._dynamo.config, limit, 1000)
 
     @classmethod
     def of(cls, model):
@@ -258,43 +307,52 @@ class Network(nn.Module):
 
     @property
     def dtype(self):
-        return self.model.get_parameter(self.names[0]).dtype
+        return torch.promote_types(self.model.get_parameter(self.names[0]).dtype, torch.float32)
 
     def forward(self, v, x):
-        """The model's output (logits, say) for a batch x under the weights v (d,)."""
-        return self.in_training(v, x) if self.training else self.call(v, x)
+        """The model's output (logits, say) for a batch x (as for mine) under the weights v (d,)."""
+        if not self.training:
+            return self.call(v, x)
+        if not self.compile:
+            self.load(v)  # a block under torch.utils.checkpoint is run again in backward(), by the model's own weights
+        return self.in_training(v, x)
 
     def call(self, v, x):
-        x = x.contiguous() if x.device.type == "mps" else x  # for the same reason as in views
+        views = {name: view.to(self.model.get_parameter(name).dtype) for name, view in self.views(v).items()}
+        if v.device.type == "mps":  # for the same reason as in views
+            x = each(x, torch.Tensor.contiguous)
+        args, kw = ((), x) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
-            out = functional_call(self.model, self.views(v), (x,))
-        return out.float() if self.bf16 else out
+            out = functional_call(self.model, views, args, kw)
+        return out.float() if self.bf16 and torch.is_tensor(out) else out
 
     def views(self, v):
         """{name: v's part for that layer, in the shape of its weight}, without a copy."""
         views = {}
         for name, shape, part in zip(self.names, self.shapes, v.split(self.sizes)):
             # A convolution (o, i, h, w) lies in v as (o, h, w, i): channels-last, which is fast on CPU and CUDA.
-            # On MPS its gradients are wrong (pytorch#175189), so there it is copied to the ordinary layout.
-            view = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            # On MPS BatchNorm's backward is wrong then (pytorch#175189), so there it is copied to the ordinary layout.
+            long = len(shape) > 2
+            view = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if long else part.view(shape)
             views[name] = view.contiguous() if v.device.type == "mps" else view
         return views
 
     def vector(self, tensors=None):
         """The inverse of views: the vector of the named tensors (default: of the model's present weights)."""
         tensors = tensors or self.weights
-        return torch.cat([tensors[name].detach().movedim(1, -1).reshape(-1) for name in self.names])
+        parts = (tensors[name].detach().to(self.dtype) for name in self.names)
+        return torch.cat([(t.movedim(1, -1) if t.dim() > 2 else t).reshape(-1) for t in parts])
 
     @torch.no_grad()
     def load(self, v):
-        """Write the vector v into the model's weights; eval mode."""
+        """Write the vector v into the model's weights."""
         for name, view in self.views(v).items():
             self.model.get_parameter(name).copy_(view)
-        self.eval()
 
     def settle(self, w, m):
-        """The end of a search: load w * m, and warn of layers that the mask m leaves empty."""
+        """The end of a search: load w * m, eval mode, and warn of layers that the mask m leaves empty."""
         self.load(w * m)
+        self.eval()
         empty = [name for name, n in self.counts(m).items() if n == 0]
         if empty:
             warnings.warn(f"no weight is left in {', '.join(empty)}: raise the sparsity or lower lambda", stacklevel=3)
@@ -308,7 +366,7 @@ class Network(nn.Module):
         """{name: a copy of every other parameter and buffer}, such as BatchNorm's running statistics."""
         weights = set(self.weights.values())
         everything = self.model.state_dict(keep_vars=True)
-        return {name: t.detach().clone() for name, t in everything.items() if t not in weights}
+        return {name: t.detach().clone() for name, t in everything.items() if torch.is_tensor(t) and t not in weights}
 
     def restore(self, rest):
         self.model.load_state_dict(rest, strict=False)
@@ -318,8 +376,11 @@ class Network(nn.Module):
         return {name: int(part.count_nonzero()) for name, part in zip(self.names, m.split(self.sizes))}
 
     def he_std(self):
-        """sqrt(2 / fan_in) of the layer that each weight belongs to (He et al., 2015), as a vector (d,)."""
-        stds = [(2 * shape[0] / n) ** 0.5 for shape, n in zip(self.shapes, self.sizes)]
+        """sqrt(2 / fan_in) of the layer that each weight belongs to (He et al., 2015), as a vector (d,).
+
+        It takes shapes to be (out, in, ...), as in Conv, Linear, LSTM and attention; for others, write your own init.
+        """
+        stds = [(2 * shape[0] / n) ** 0.5 if shape else 1.0 for shape, n in zip(self.shapes, self.sizes)]
         return torch.cat([torch.full((n,), std, dtype=self.dtype) for n, std in zip(self.sizes, stds)])
 
 
@@ -346,13 +407,22 @@ def reseed(*key):
     torch.manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
-def begin_epoch(f, opt, eta, seed, phase, j):
-    """Learning rate eta, the random state of this epoch, train mode; returns its Stats."""
+def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
+    """The learning rate and the random state of epoch j, train mode; returns its Stats."""
     reseed(seed, phase, j)
     f.train()
-    for group in opt.param_groups:
-        group["lr"] = eta
-    return Stats(j, eta)
+    if schedule:
+        eta = schedule(eta, j, E)
+        for group in opt.param_groups:
+            group["lr"] = eta
+    return Stats(j, opt.param_groups[0]["lr"])
+
+
+def check_state(state, ours):
+    """InputError unless the state= of a search or training was made with the settings `ours`."""
+    for key, value in ours.items():
+        if state.get(key) != value:
+            raise InputError(f"state= is of another run: its {key} is {state.get(key)}, not {value}")
 
 
 class Stats:
@@ -362,11 +432,13 @@ class Stats:
         self.j, self.eta = j, eta
         self.steps = self.n = self.loss = self.correct = 0
 
-    def add(self, loss, out, y):
+    def add(self, loss, out, x, y):
         self.steps += 1
-        self.n += len(y)
-        self.loss += loss.detach() * len(y)
-        if torch.is_tensor(out) and out.dim() == 2 and y.dim() == 1 and not y.is_floating_point():
+        n = len(tensors((x, y))[0])
+        self.n += n
+        self.loss += loss.detach() * n
+        of_classes = torch.is_tensor(out) and out.dim() == 2 and torch.is_tensor(y) and y.dim() == 1
+        if of_classes and not y.is_floating_point():
             self.correct += (out.argmax(1) == y).sum()
         else:  # not logits (B, classes) and class indices (B,): there is no accuracy
             self.correct = math.nan
@@ -388,24 +460,66 @@ def chunks(order, batch_size):
     return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
 
 
+def each(nest, change):
+    """change(t) for every tensor or array t in nested tuples, lists and dicts; other things stay as they are."""
+    if isinstance(nest, Mapping):
+        return {key: each(value, change) for key, value in nest.items()}
+    if isinstance(nest, (tuple, list)):
+        return [each(value, change) for value in nest]
+    return change(torch.as_tensor(nest)) if torch.is_tensor(nest) or hasattr(nest, "__array__") else nest
+
+
+def tensors(nest):
+    """A list of the tensors in nested tuples, lists and dicts."""
+    found = []
+    each(nest, found.append)
+    return found
+
+
+def is_whole(data):
+    """Whether `data` is a whole set (x, y), rather than what yields batches of it, such as [(x, y), (x, y)]."""
+    return isinstance(data, (tuple, list)) and len(data) == 2 and not all(isinstance(t, (tuple, list)) for t in data)
+
+
+def count_batches(data, batch_size):
+    """How many batches an epoch has; 0: not known before the first one is over."""
+    if is_whole(data):
+        return len(chunks(torch.arange(len(tensors(data)[0])), batch_size))
+    try:
+        return len(data)
+    except TypeError:
+        return 0
+
+
 def minibatches(data, batch_size, device):
-    """Batches (x, y) on the device: tensors (x, y) in a new random order, or whatever `data` yields when iterated."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(t) for t in data):
-        xs, ys = data
-        if len(xs) != len(ys):
-            raise InputError(f"there are {len(xs)} inputs, but {len(ys)} labels")
-        data = ((xs[i], ys[i]) for i in chunks(torch.randperm(len(ys)).to(xs.device), batch_size))
-    for x, y in data:
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    """Batches (x, y) on the device: a whole set in a new random order, or whatever `data` yields when iterated."""
+    whole = data
+    if is_whole(whole):
+        first, sizes = tensors(whole)[0], [len(t) if t.dim() else 0 for t in tensors(whole)]
+        if len(set(sizes)) > 1 or not tensors(whole[1]):
+            raise InputError(f"there are {sizes[0]} inputs, but {sizes[-1]} labels; both must be tensors or arrays")
+        order = torch.randperm(len(first)).to(first.device)
+        data = (each(whole, lambda t, i=i: t[i]) for i in chunks(order, batch_size))
+    elif isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        raise InputError("a Dataset yields single examples: wrap it in a torch.utils.data.DataLoader")
+    for batch in data:
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[1], (int, float, str))
+        if not pair or any(t.dim() == 0 for t in tensors(batch[1])):
+            raise InputError("`train` must be tensors (x, y), or yield batches (x, y) when it is iterated")
+        # Elsewhere a copy that nobody waits for is not safe (pytorch#189690).
+        yield each(batch, lambda t: t.to(device, non_blocking=torch.device(device).type == "cuda"))
 
 
 @torch.no_grad()
 def accuracy(model, data, v=None, batch_size=1000):
-    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given."""
+    """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given.
+
+    None where that makes no sense: the output is not (B, classes), or y not class indices (B,).
+    """
     f = Network.of(model).eval()
     v, stats = f.vector() if v is None else v, Stats(0, 0)
     for x, y in minibatches(data, batch_size, f.device):
-        stats.add(v.new_zeros(()), f(v, x), y)
+        stats.add(v.new_zeros(()), f(v, x), x, y)
     return stats.row(v)["train_acc"]
 
 
@@ -417,19 +531,23 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
     r(p) * q in every step (in quantised training: Nagel et al. 2022, arXiv 2203.11086). No parameter changes; leaves
     the model in eval mode.
     """
-    f = Network.of(model)
-    norms = [layer for layer in f.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in norms]
+    f = Network.of(model).train()
+    norms = [t for t in f.modules() if isinstance(t, nn.modules.batchnorm._BatchNorm) and t.training]  # not frozen ones
+    before, momenta = f.rest(), [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None  # a plain mean, not a decaying one
     reseed(seed, "reestimate")
-    f.train()
-    for x, _ in itertools.islice(minibatches(train, batch_size, f.device), batches):
-        f.call(v, x)
-    f.eval()
-    for layer, momentum in zip(norms, momenta):
-        layer.momentum = momentum
+    try:
+        for x, _ in itertools.islice(minibatches(train, batch_size, f.device), batches):
+            f.call(v, x)
+    except BaseException:
+        f.restore(before)
+        raise
+    finally:
+        f.eval()
+        for layer, momentum in zip(norms, momenta):
+            layer.momentum = momentum
 
 
 # --- Finetuning, and the sanity checks of section 4 ---------------------------------------------------------
@@ -446,8 +564,10 @@ def fit(
     """
     u = u.to(f.device, copy=True).requires_grad_()
     opt = optimizer([u, *others], lr)
+    ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed}
     first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
+        check_state(state, ours)
         first, left = state["epoch"] + 1, state["left"]
         u.data.copy_(state["u"])
         opt.load_state_dict(state["optimizer"])
@@ -455,21 +575,22 @@ def fit(
     for j in range(first, epochs + 1):
         if left == 0:
             break
-        stats = begin_epoch(f, opt, schedule(lr, j, epochs), seed, phase, j)
+        stats = begin_epoch(f, opt, schedule, lr, j, epochs, seed, phase)
         for x, y in itertools.islice(minibatches(train, batch_size, f.device), left):
             out = f(effective(u, j), x)
             loss = criterion(out, y)
             opt.zero_grad()
             loss.backward(inputs=[u, *others])
             opt.step()
-            stats.add(loss, out, y)
+            stats.add(loss, out, x, y)
         left = None if left is None else left - stats.steps
         v = effective(u.detach(), j)
         kept = int(v.count_nonzero())
         row = stats.row(u) | {"q": kept, "m": kept}  # one mask now; the two columns show it
         if on_epoch:
-            progress = {"epoch": j, "left": left, "u": u.detach()}
-            on_epoch(row, v, {**progress, "optimizer": opt.state_dict(), "rest": f.rest()})
+            now = {"epoch": j, "left": left, "u": u.detach()}
+            if on_epoch(row, v, {**ours, **now, "optimizer": opt.state_dict(), "rest": f.rest()}):
+                return u.detach()
     if left:
         raise InputError(f"there is no step {steps}: {epochs} epochs have {steps - left}")
     return u.detach()
@@ -492,6 +613,7 @@ def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, 
         schedule=schedule, others=f.others().values(), **kw,
     )  # fmt: skip
     f.load(w)
+    f.eval()
     return w
 
 
@@ -644,6 +766,7 @@ def load_data(name, root, image_size=None, held_out=False):
     The split is the same for every seed: 10% of the training images (CIFAR-10: the paper's 5,000), Caltech-101: 20%.
     InputError if it cannot be had.
     """
+    socket.setdefaulttimeout(30)  # of a download from a host, or a proxy, that never answers
     try:
         if name.startswith("folder:"):
             data = folder(Path(name.removeprefix("folder:")).expanduser(), image_size)
@@ -653,7 +776,7 @@ def load_data(name, root, image_size=None, held_out=False):
         raise
     except (OSError, RuntimeError, ValueError, LookupError) as e:  # of a download, and of a damaged archive
         reason = " ".join(str(e).split()) or type(e).__name__
-        by_hand = f"put {BY_HAND.get(name)} into {root} by hand, or take --dataset shapes, which needs none"
+        by_hand = f"put {BY_HAND.get(name)} by hand, as it is, into {Path(root).absolute()}, or take --dataset shapes"
         raise InputError(f"could not get {name} ({reason}): {by_hand}") from e
     if held_out:
         train, val = (data.train, data.val) if data.val else divide(data.train, 0.1)
@@ -730,49 +853,83 @@ def caltech101(root):
     from torchvision.datasets import Caltech101
 
     home = root / "caltech101" / "101_ObjectCategories"
-    source = Caltech101(root, download=not home.is_dir())
-    names = [f"{source.categories[y]}/image_{i:04d}.jpg" for i, y in zip(source.index, source.y)]
-    rest, test = divide(read_images([(home / name, y) for name, y in zip(names, source.y)], 224), 0.2)
+    if not home.is_dir():
+        Caltech101(root, download=True)
+    found = {name: files for name, files in pictures(home).items() if name != "BACKGROUND_Google"}
+    if len(found) != 101:
+        warnings.warn(f"{home} is incomplete: {len(found)} of 101 categories are there", stacklevel=3)
+    samples = [(file, y) for y, files in enumerate(found.values()) for file in files]
+    rest, test = divide(read_images(samples, 224), 0.2)
     train, val = divide(rest, 0.25)
     imagenet = ([255 * v for v in (0.485, 0.456, 0.406)], [255 * v for v in (0.229, 0.224, 0.225)])
-    return Data(train, test, len(source.categories), pad=0, stats=imagenet, val=val)
+    return Data(train, test, len(found), pad=0, stats=imagenet, val=val)
 
 
 def folder(path, image_size=None):
-    """Any images as path/train/CLASS/* and path/test/CLASS/* (or path/val), resized to image_size if given."""
-    from torchvision.datasets import ImageFolder
+    """Any pictures as path/train/CLASS/* and path/test/CLASS/* (or path/val), resized to image_size if given."""
+    needs = f"{path} needs folders 'train' and 'test' (or 'val'), each with one folder of images per class"
+    found = {}
+    for part in ("train", "test", "val"):
+        if (path / part).is_dir():
+            found[part] = pictures(path / part)
+    classes = list(found.get("train", ()))
+    held = [part for part in ("test", "val") if part in found]
+    if not classes or not held:
+        raise InputError(needs)
+    if len(classes) < 2:
+        raise InputError(f"{path / 'train'} has one class, {classes[0]!r}: there is nothing to tell apart")
+    labelled = [part for part in held if list(found[part]) == classes]
+    if not labelled:
+        odd = sorted(set(classes) ^ set(found[held[0]]))
+        raise InputError(f"{path}: train and {held[0]} must have the same class folders; only one has {odd[0]!r}")
+    if labelled[0] != held[0]:
+        warnings.warn(f"{path / 'test'} has not the class folders of train, so {path / 'val'} serves", stacklevel=3)
+    splits = {}
+    for part in ("train", *labelled):
+        samples = [(file, y) for y, files in enumerate(found[part].values()) for file in files]
+        splits[part] = read_images(samples, image_size)
+        if splits[part].x.shape[1:] != splits["train"].x.shape[1:]:
+            raise InputError(f"{path}: training and {part} images differ in size: resize them with --image-size 32")
+    return Data(splits["train"], splits[labelled[0]], len(classes), val=splits.get("val"))
 
-    held = path / "test" if (path / "test").is_dir() else path / "val"
-    try:
-        train, test = ImageFolder(path / "train"), ImageFolder(held)
-    except (OSError, ValueError) as e:  # no such folder, no class folder, or a class without images
-        needs = "needs folders 'train' and 'test' (or 'val'), each with one folder of images per class"
-        raise InputError(f"{path} {needs} ({str(e).splitlines()[0]})") from e
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise InputError(f"{path}: train and {held.name} must have the same class folders; only one has {odd[0]!r}")
-    if len(train.classes) < 2:
-        raise InputError(f"{path / 'train'} has one class, {train.classes[0]!r}: there is nothing to tell apart")
-    splits = [read_images(part.samples, image_size) for part in (train, test)]
-    if splits[0].x.shape[1:] != splits[1].x.shape[1:]:
-        raise InputError(f"{path}: training and test images differ in size: resize them with --image-size 32")
-    if splits[0].x.min() == splits[0].x.max():
-        raise InputError(f"{path}: all training images are of one colour: convert them to 8-bit RGB first")
-    return Data(*splits, classes=len(train.classes))
+
+def pictures(path):
+    """{class: its picture files} of path/CLASS/*, in order; what is hidden is none, and what else is left out, said."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found, others = {}, 0
+    for home in sorted(path.iterdir()):
+        if home.is_dir() and not home.name.startswith("."):
+            files = [p for p in sorted(home.rglob("*")) if "/." not in f"/{p.relative_to(home).as_posix()}"]
+            found[home.name] = [p for p in files if p.suffix.lower() in IMG_EXTENSIONS]
+            others += sum(p.is_file() for p in files) - len(found[home.name])
+            if not found[home.name]:
+                raise InputError(f"{home} has no picture ({', '.join(IMG_EXTENSIONS)})")
+    if others:
+        warnings.warn(f"{others} files in {path} are left out: they are not {', '.join(IMG_EXTENSIONS)}", stacklevel=4)
+    return found
+
+
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: PIL's transposition
 
 
 def read_images(samples, size=None):
     """A Split of the image files in samples [(path, class index)], as RGB, resized to size x size if given."""
     from multiprocessing.pool import ThreadPool
 
-    from torchvision.datasets.folder import default_loader
+    from torchvision.datasets.folder import Image  # PIL's
     from torchvision.transforms.functional import pil_to_tensor
 
     def read(path):
         try:
-            image = default_loader(path)
+            with Image.open(path) as image:
+                mode, turn = image.mode, UPRIGHT.get(image.getexif().get(0x0112))
+                image = image.convert("RGB")
         except Exception as e:  # PIL raises a dozen types on damaged files
             raise InputError(f"cannot read the image {path}: remove it or replace it ({e})") from e
+        if mode[0] in "IF":
+            raise InputError(f"{path} has more than 8 bits a channel (mode {mode}): convert it to 8-bit RGB first")
+        image = image if turn is None else image.transpose(turn)
         return pil_to_tensor(image.resize((size, size)) if size else image)
 
     with ThreadPool() as pool:  # decoding releases Python's lock
@@ -1000,6 +1157,10 @@ def fraction(text):
     return value
 
 
+def number_or_auto(text):
+    return text if text == "auto" else float(text)
+
+
 def place(text):
     return Path(text).expanduser()
 
@@ -1040,7 +1201,9 @@ def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
 
 def flags_of_hardware(g):
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
+    g.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on GPUs made for it)"
+    )
     g.add_argument("--compile", action="store_true", help="train through torch.compile")
 
 
@@ -1053,7 +1216,8 @@ def parser():
     g.add_argument("--period", type=int, help="T, epochs between freezes; scales with --epochs if not given")
     g.add_argument("--optimizer", choices=("sgd", "adam"), help="of the scores")
     g.add_argument("--lr", type=float, help="learning rate of the scores")
-    g.add_argument("--lam", type=float, help="lambda, weight of the penalty on the scores (not scaled with --epochs)")
+    about = "lambda, weight of the penalty on the scores, or 'auto' (default: the paper's, for its runs; else auto)"
+    g.add_argument("--lam", type=number_or_auto, help=about)
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
     g.add_argument("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
     g.add_argument("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
@@ -1072,7 +1236,7 @@ def arguments(cli, argv=None):
 def check_values(args):
     for name, (least, most) in RANGES.items():
         value = getattr(args, name, None)
-        if value is not None and not least <= value <= most:  # nan is not
+        if value not in (None, "auto") and not least <= value <= most:  # nan is not
             raise InputError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {value:g}")
 
 
@@ -1084,6 +1248,8 @@ def complete(args):
         raise InputError("--image-size is for --dataset folder:PATH; the other data sets have their own size")
     paper = paper_setting(args.model, args.dataset, args.sparsity)
     args.epochs = args.epochs or paper.epochs
+    if getattr(args, "lam", "given") is None and not is_papers(args, paper):
+        args.lam = "auto"
     period = max(1, round(paper.period * args.epochs / paper.epochs))
     defaults = paper._replace(period=period)._asdict()
     defaults |= {"finetune_epochs": args.epochs, "finetune_schedule": "multistep"}
@@ -1105,6 +1271,15 @@ def complete(args):
     return args
 
 
+def is_papers(args, row):
+    """Whether lambda must be that of a row of PAPER: since the run is that row's, or since no other can be chosen."""
+    near = abs(math.log(row.sparsity / args.sparsity)) < 0.1
+    size = args.batch_size or row.batch_size
+    same = (args.model, args.dataset, args.epochs, size) == (row.model, row.dataset, row.epochs, row.batch_size)
+    how = (args.optimizer or row.optimizer, args.penalty, args.rounding)
+    return near and same or how != ("sgd", "l2", "deterministic")
+
+
 def hardware(args):
     """Turn args.device into a torch.device, fill in args.bf16, and set this process up to train fast."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -1113,7 +1288,7 @@ def hardware(args):
         raise InputError(f"--device {device}: this machine, or this build of torch, has none; take --device cpu")
     args.device = torch.device(device)
     if args.bf16 is None:
-        args.bf16 = device == "cuda"
+        args.bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.benchmark = True
     keep_freed_memory()
 
@@ -1138,7 +1313,7 @@ def prepare(args):
     model = models.build(args.model, **build)
     if pretrained:
         load_imagenet_weights(model)
-    f = Network(model.to(args.device), args.bf16, args.compile)
+    f = Network(model.to(args.device), bf16=args.bf16, compile=args.compile)
     check_sparsity(args.sparsity, f.d)
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
@@ -1194,8 +1369,6 @@ def run_command(args, find, epochs, text, draw, checks):
     checks = [check for check in checks if check in (args.checks or ()) or check in begun]
     run.left = cost(args, epochs, checks)
     show_head(args, f, train, test, text)
-    if args.method == "gem-miner":
-        check_lambda(args, len(train))
     init = given if build["affine"] else draw  # Caltech-101's ResNet-50 is pretrained
     search = {"init": init, "seed": args.seed}
     tuning = {"epochs": args.finetune_epochs, "lr": args.finetune_lr, "schedule": finetune_schedule(args)}
@@ -1245,27 +1418,6 @@ def run_command(args, find, epochs, text, draw, checks):
     report(run, args, gem, mask, accs, masks, epochs)
 
 
-def check_lambda(args, steps):
-    """Warn if lambda * ||p||^2, where it is wanted, is too weak to bring r(p) down to s in E epochs of so many steps.
-
-    A score that the loss never moves shrinks, by sgd and cosine, by exp(-X), X = 2 * lam * (sum of the learning rates
-    of all steps) / (1 - momentum). Scores start uniform in [0, 1], so a share 1 - exp(X) / 2 of those stays >= 0.5.
-    """
-    if (args.optimizer, args.penalty, args.rounding) != ("sgd", "l2", "deterministic"):
-        return
-    s, E = args.sparsity, args.epochs
-    pull = 2 * steps * sum(cosine(args.lr, j, E) for j in range(1, E + 1)) / (1 - 0.9)
-    X = args.lam * pull
-    most = max(0.1, 1.5 * s)  # what every SGD row of PAPER stays below
-    if most < 1 and 0 < X < math.log(2 * (1 - most)):
-        warnings.warn(
-            f"lambda {args.lam:g} is small for {E * steps:,} steps: by itself it leaves {1 - math.exp(X) / 2:.1%} of"
-            f" the scores at 0.5 or more, and freezing will take weights in use (--lam"
-            f" {math.log(2 * (1 - s)) / pull:.2g} leaves {s:.2%})",
-            stacklevel=2,
-        )
-
-
 def show_head(args, f, train, test, text):
     kept, (what, column) = round(args.sparsity * f.d), ("validate", "val") if args.val else ("test", "test")
     schedule, drops = args.finetune_schedule, [max(1, round(args.finetune_epochs * t)) for t in args.milestones]
@@ -1273,8 +1425,8 @@ def show_head(args, f, train, test, text):
     precision = "bfloat16" if args.bf16 else "float32"
     print(
         f"{args.method:<10} {args.model}, d = {f.d:,}; keep {kept:,} weights ({100 * args.sparsity:g}%)\n"
-        f"data       {args.dataset}: {len(train.y):,} images to train on, {len(test.y):,} to {what} on;"
-        f" batches of {args.batch_size}\n"
+        f"data       {args.dataset}: {int(train.y.max()) + 1} classes; {len(train.y):,} images to train on,"
+        f" {len(test.y):,} to {what} on; batches of {args.batch_size}\n"
         f"defaults   those of {args.defaults}\n"
         f"search     {text}\n"
         f"finetuning {args.finetune_epochs} epochs; sgd, lr {args.finetune_lr:g}, {later}\n"
@@ -1352,7 +1504,7 @@ def plan(args):
 
     text = (
         f"{args.epochs} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
-        f" lambda {args.lam:g} ({args.penalty}); keeps {args.finetune_mask}"
+        f" lambda {args.lam} ({args.penalty}); keeps {args.finetune_mask}"
     )
     checks = ("shuffle", "reinit", "invert")
     return {"find": find, "epochs": args.epochs, "text": text, "draw": signed_constant, "checks": checks}

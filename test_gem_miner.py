@@ -29,9 +29,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.datasets import folder as tv_folder
 from torchvision.datasets import utils as tv_utils
 from torchvision.transforms import functional as tv
 
@@ -43,7 +45,6 @@ HERE = Path(gm.__file__).parent
 pytestmark = pytest.mark.filterwarnings(
     "error:::(gem_miner|baselines|models)",  # our code warns of nothing,
     "ignore:no weight is left",  # but of what it means to say
-    "ignore:lambda .* is small",
 )
 
 
@@ -210,7 +211,7 @@ def test_compiled_equals_eager():
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: reading a number, or a size that depends on values."""
+    """Counts what would make the host wait for a GPU: to read numbers, or a size that depends on them."""
 
     WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 
@@ -219,16 +220,31 @@ class Waits(TorchDispatchMode):
         self.n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += func.overloadpacket.__name__ in self.WAITING
+        name = func.overloadpacket.__name__
+        self.n += name in self.WAITING
+        if name in ("index", "index_put", "index_put_"):
+            self.n += any(i is not None and i.dtype == torch.bool for i in args[1])  # t[mask]
+            self.n += name != "index" and args[2].dim() == 0  # t[i] = 1: copies a number to the GPU
         return func(*args, **(kwargs or {}))
+
+
+def test_waiting_is_seen():
+    t, mask, one = torch.rand(3), torch.tensor([True, False, True]), torch.tensor([1])
+    for wait in (lambda: t[mask], lambda: t.__setitem__(one, 1.0), lambda: t.sum().item(), lambda: mask.nonzero()):
+        with Waits() as waits:
+            wait()
+        assert waits.n
 
 
 @pytest.mark.parametrize("search", [
     lambda f, data: gm.mine(f, data, sparsity=0.5, epochs=1),
-    lambda f, data: gm.mine(f, data, sparsity=0.5, epochs=1, r=gm.round_random, norm=gm.l1),
+    lambda f, data: gm.mine(f, data, sparsity=0.5, epochs=1, r=gm.round_random, norm=gm.l1, lam=1e-4),
     lambda f, data: gm.finetune(f, f.vector(), torch.ones(f.d), data, epochs=1),
+    lambda f, data: bl.edge_popup(f, data, sparsity=0.5, epochs=1),
+    lambda f, data: bl.edge_popup(f, data, sparsity=0.5, epochs=1, period=1, regularize=True),
+    lambda f, data: bl.tune_densities(f, data, bl.smart_ratio(f.sizes, 0.5), epochs=1),
 ])  # fmt: skip
-def test_no_step_waits_for_the_device(search):
+def test_no_step_waits_for_the_device(search, monkeypatch):
     split = gm.Split(torch.randint(256, (20, 8, 8, 3)).to(torch.uint8), torch.arange(20) % 10)
     waits, seen = Waits(), []
 
@@ -238,6 +254,11 @@ def test_no_step_waits_for_the_device(search):
                 yield batch
                 seen.append(waits.n)
 
+    for name in ("cpu", "tolist"):  # which no dispatch shows for tensors on the CPU
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda t, method=method: [setattr(waits, "n", waits.n + 1), method(t)][1]
+        )
     with waits:
         search(gm.Network(models.resnet20()), Watched(split, ([127.5] * 3, [60.0] * 3), 5, train=True, pad=4))
     assert len(seen) == 4
@@ -377,7 +398,7 @@ def test_a_loss_or_scores_that_are_not_finite_stop_the_run():
     with pytest.raises(FloatingPointError, match="epoch 1"):
         gm.mine(tiny(), lost, sparsity=0.5, epochs=2)
     with pytest.raises(FloatingPointError):  # in the last step: no loss shows it any more
-        gm.mine(tiny(), [(x, y)], sparsity=0.5, epochs=1, norm=lambda p: (p * math.nan).sum())
+        gm.mine(tiny(), [(x, y)], sparsity=0.5, epochs=1, lam=1, norm=lambda p: (p * math.nan).sum())
     with pytest.raises(FloatingPointError):
         gm.finetune(tiny(), torch.ones(42).double(), torch.ones(42), lost, epochs=1)
 
@@ -405,7 +426,7 @@ def test_mining_takes_tensors_or_a_loader_and_ones_own_optimizer(kind):
     for seed in (0, 0, 1):
         gem = gm.mine(
             tiny(torch.float32), data, sparsity=0.5, epochs=2, lr=0.1, batch_size=16, seed=seed,
-            optimizer=Recorded, schedule=lambda lr, j, E: lr + j + 10 * E,
+            optimizer=Recorded, schedule=lambda lr, j, E: lr + j + 10 * E, lam=1e-4,
         )  # fmt: skip
         scores.append(gem.p)
     assert torch.equal(scores[0], scores[1])  # the seed fixes the loader's order, too
@@ -523,6 +544,198 @@ def test_networks_of_others_are_mined_and_finetuned(name):
     assert gm.accuracy(model, (x, y)) == gm.accuracy(f, (x, y), v)  # dropout is off
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+@pytest.mark.parametrize("build, d", [
+    (lambda: nn.LSTM(4, 3), 12 * (4 + 3)), (lambda: nn.GRU(4, 3, 2, bidirectional=True), 2 * 9 * (4 + 3 + 6 + 3)),
+    (Attention, 4 * 16), (lambda: nn.Sequential(nn.Linear(4, 3), nn.Unflatten(0, (1, -1))), 12),
+])  # fmt: skip
+def test_prune_chooses_the_parameters(build, d):
+    """All matrices, here: the function of them has the module's output and gradient."""
+    model, x = build(), torch.randn(5, 2, 4)
+    f = gm.Network(model, prune=lambda name, parameter: parameter.dim() == 2)
+    assert f.d == d
+    v = f.vector().requires_grad_()
+    for out in (f.train()(v, x), model(x)):
+        out[0].square().sum().backward()
+    assert torch.allclose(v.grad, f.vector({name: p.grad for name, p in f.weights.items()}), atol=1e-6)
+    stds = torch.cat([torch.full((p.numel(),), (2 / p.shape[1]) ** 0.5) for p in f.weights.values()])
+    assert torch.allclose(gm.signed_constant(f).abs(), stds)
+    with pytest.raises(ValueError, match="nothing to prune"):
+        gm.Network(model, prune=lambda name, parameter: False)
+
+
+def test_a_head_can_stay_dense_and_embeddings_can_be_pruned():
+    with pytest.warns(UserWarning, match="only 48 of 109"):
+        f = gm.Network(Tied(), prune=lambda name, parameter: name in ("embed.weight", "a.bias"))
+    assert (f.names, f.sizes) == (["embed.weight", "a.bias"], [42, 6])
+    assert not {"out.weight", "embed.weight", "a.bias"} & set(f.rest())  # tied, so pruned with it
+    gm.mine(f, (torch.randint(9, (8, 5)) % 7, torch.randint(7, (8,))), sparsity=0.5, epochs=2)
+
+
+def test_what_would_be_left_out_silently_is_said():
+    pruned, normed = nn.Linear(4, 3, bias=False), nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    for model, word in ((nn.Sequential(nn.Linear(4, 4), pruned), "layer '1'.*prune.remove"), (normed, "layer '0'"),
+                        (nn.LazyLinear(3), "lazy")):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            gm.Network(model)
+    with pytest.warns(UserWarning, match="only 12 of 115 parameters"):
+        gm.Network(nn.Sequential(nn.Embedding(25, 4), nn.Linear(4, 3)))
+
+
+class Named(nn.Module):
+    """Takes its arguments by name, and gives back what no criterion of PyTorch takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, inputs, scale):
+        return {"logits": self.fc(inputs * scale[:, None])}
+
+
+def test_batches_and_outputs_of_every_kind_are_learned_alike():
+    x, scale, y = torch.randn(40, 4), torch.rand(40), torch.randint(3, (40,))
+    inputs, rows = {"inputs": x, "scale": scale}, []
+    torch.manual_seed(0)
+    model, kw = Named(), {"sparsity": 0.5, "epochs": 2, "batch_size": 16}
+
+    def criterion(out, y):
+        return F.cross_entropy(out["logits"], y["classes"] if isinstance(y, dict) else y)
+
+    numpy = {name: t.numpy() for name, t in inputs.items()}
+    scores = [gm.mine(model.fc, (x * scale[:, None], y), **kw).p]
+    for data in ((inputs, y), ((x, scale), y), ([x, scale], y), (numpy, y.numpy()), (inputs, {"classes": y})):
+        scores.append(gm.mine(model, data, criterion=criterion, on_epoch=lambda row, *_: rows.append(row), **kw).p)
+    gem = gm.mine(model, [(inputs, {"classes": y})], criterion=criterion, **{**kw, "epochs": 1})  # batches of it
+    gm.finetune(model, gem.w, gem.q, [((x, scale), y)], epochs=1, criterion=criterion)
+    assert all(torch.allclose(p, scores[0], atol=1e-5) for p in scores)
+    assert {row["train_acc"] for row in rows} == {None}
+    assert gm.accuracy(model, (inputs, y)) is None
+
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize("train, word", [
+    ([(X, Y, Y)], "batches"), ((X, Y, Y), "batches"), (X, "batches"), ([{"x": X, "y": Y}], "batches"),
+    ([(x, y) for x, y in zip(X, Y)], "batches"), ([(x, int(y)) for x, y in zip(X, Y)], "batches"),
+    (torch.utils.data.TensorDataset(X, Y), "DataLoader"), ((X, Y.tolist()), "tensors or arrays"),
+    (({"inputs": X, "scale": X[:5]}, Y), "6 inputs"),
+])  # fmt: skip
+def test_what_is_no_data_is_refused_in_a_line(train, word):
+    with pytest.raises(ValueError, match=word):
+        gm.mine(nn.Linear(4, 3), train, sparsity=0.5, epochs=1)
+
+
+def test_scores_are_not_swallowed_by_bfloat16():
+    """Steps of 1e-4 are far below bfloat16's resolution at 0.5."""
+    model, data = nn.Linear(4, 3).bfloat16(), (X.bfloat16(), Y)
+    f, one = gm.Network(model), gm.mine(model, data, sparsity=1, epochs=1, lr=1e-4, lam=0)
+    gm.reseed(0, "init")
+    gm.signed_constant(f)
+    moved = (one.p - torch.rand(f.d)).abs()
+    assert one.p.dtype == one.w.dtype == torch.float32
+    assert 0 < moved.max() < 1e-3
+    v = gm.finetune(model, one.w, one.q, data, epochs=1, lr=1e-4)
+    assert not torch.equal(v, one.w)
+    assert torch.equal(f.vector(), v.bfloat16().float())
+
+
+def test_checkpointed_blocks_get_the_right_gradient():
+    block, head, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3), X
+    plain = nn.Sequential(block, head)
+    saving = copy.deepcopy(plain)
+    inner = saving[0].forward
+    saving[0].forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+    grads = []
+    for model in (plain, saving):
+        f = gm.Network(model)
+        v = torch.linspace(-1, 1, f.d).requires_grad_()
+        F.cross_entropy(f.train()(v, x), Y).backward()
+        grads.append(v.grad)
+    assert torch.allclose(*grads)
+
+
+def test_a_search_can_be_stopped_and_goes_on_only_from_its_own_state():
+    model, states, kw = nn.Linear(4, 3), [], {"sparsity": 0.2, "epochs": 6, "lr": 1}
+
+    class Unsized:
+        def __iter__(self):
+            return iter([(X, Y)] * 9)
+
+    def on_epoch(row, v, state):
+        states.append(copy.deepcopy(state))
+        return row["epoch"] == 2
+
+    whole = gm.mine(model, Unsized(), **kw)
+    gm.mine(model, Unsized(), on_epoch=on_epoch, **kw)
+    gm.finetune(model, whole.w, whole.q, (X, Y), epochs=5, on_epoch=on_epoch)
+    assert [state["epoch"] for state in states] == [1, 2, 1, 2]
+    assert torch.equal(gm.mine(model, Unsized(), state=states[1], **kw).p, whole.p)
+    for change, word in (({"sparsity": 0.4}, "sparsity"), ({"epochs": 5}, "epochs"), ({"seed": 1}, "seed")):
+        with pytest.raises(ValueError, match=f"its {word} is"):
+            gm.mine(model, (X, Y), state=states[1], **{**kw, **change})
+    with pytest.raises(ValueError, match="its d is 12, not 8"):
+        gm.mine(nn.Linear(4, 2), (X, Y % 2), state=states[1], **kw)
+    with pytest.raises(ValueError, match="its size is 12, not 8"):
+        gm.finetune(nn.Linear(4, 2), torch.ones(8), torch.ones(8), (X, Y % 2), epochs=5, state=states[3])
+
+
+def test_a_schedule_is_asked_once_an_epoch_and_none_leaves_all_rates_alone():
+    asked, rates, model = [], [], nn.Linear(4, 3)
+
+    def optimizer(params, lr):
+        return torch.optim.AdamW([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": lr}])
+
+    for schedule in (None, lambda eta, j, E: asked.append(j) or eta):
+        gm.finetune(
+            model, torch.ones(12), torch.ones(12), (X, Y), epochs=2, lr=0.3, optimizer=optimizer, schedule=schedule,
+            on_epoch=lambda row, v, state: rates.append([g["lr"] for g in state["optimizer"]["param_groups"]]),
+        )  # fmt: skip
+    assert asked == [1, 2]
+    assert rates == 2 * [[0.1, 0.3]] + 2 * [[0.3, 0.3]]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader", "iterable"])
+def test_lambda_by_itself_reaches_the_density_in_half_the_epochs(kind):
+    """Where the loss moves no score (every input is 0), r(p) * q is as dense as wanted after every epoch."""
+    x, y, seen = torch.zeros(200, 50), torch.zeros(200).long(), []
+    batches = list(zip(x.split(2), y.split(2)))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2)
+
+    class Iterable:
+        def __iter__(self):
+            return iter(batches)
+
+    train = {"tensors": (x, y), "loader": loader, "iterable": Iterable()}[kind]
+    gem = gm.mine(
+        nn.Linear(50, 40, bias=False), train, sparsity=0.05, epochs=10, period=3, batch_size=2,
+        on_epoch=lambda row, v, state: seen.append((row["m"] / 2000, row["lam"])),
+    )  # fmt: skip
+    for j, (density, lam) in enumerate(seen, 1):
+        wanted = 0.05 ** min(1, j / 5)
+        if j > 1 and wanted < 0.5:  # uniform scores leave half of the weights by themselves
+            assert density == pytest.approx(wanted, rel=0.15)
+            assert lam > 0 or j > 5
+    assert gem.q.sum() == 100
+    assert seen[0][1] == 0 or kind != "iterable"
+
+
+def test_lambda_by_itself_is_for_what_it_was_derived_for():
+    for kw in ({"optimizer": gm.adam}, {"norm": gm.l1}, {"r": gm.round_random}):
+        with pytest.raises(ValueError, match="give lambda as a number"):
+            gm.mine(tiny(), tiny_batches(), sparsity=0.5, **kw)
+
+
 # --- weights, schedules, finetuning and the checks --------------------------------------------------------------
 
 
@@ -609,6 +822,15 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     assert torch.allclose(net[1].running_var, (inputs[0].var(0) + inputs[1].var(0)) / 2, rtol=1e-5)
     changed = [name for name, t in net.state_dict().items() if not torch.equal(t, before[name])]
     assert changed == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert net[1].momentum == 0.1
+    assert not net.training
+
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="batches"):  # after a good one
+        gm.reestimate(net, v, [(parts[0], torch.zeros(20)), parts[1], parts[2]])
+    net[1].train = lambda mode: net[1]  # frozen by its owner
+    gm.reestimate(net, v, [(parts[2], torch.zeros(20))])
+    assert same(net.state_dict(), before)
     assert net[1].momentum == 0.1
     assert not net.training
 
@@ -786,7 +1008,9 @@ def test_caltech101_from_its_folder(tmp_path, monkeypatch):
             picture(i, (20 + i, 30)).convert("L" if i == 1 else "RGB").save(home / f"image_{i:04}.jpg")
     (tmp_path / "caltech101" / "Annotations").mkdir()
     no_network(monkeypatch)
-    data, held = gm.load_data("caltech101", tmp_path), gm.load_data("caltech101", tmp_path, held_out=True)
+    (home / "Thumbs.db").touch()
+    with pytest.warns(UserWarning, match="2 of 101 categories|1 files"):
+        data, held = gm.load_data("caltech101", tmp_path), gm.load_data("caltech101", tmp_path, held_out=True)
     assert data.train.x.shape == (6, 224, 224, 3)  # 60%, and 20% each
     assert (len(data.test.y), len(held.test.y)) == (2, 2)
     assert (data.classes, data.pad) == (2, 0)
@@ -802,8 +1026,32 @@ def test_folder_of_images(tmp_path):
     assert data.classes == 2
     assert torch.equal(data.train.x[9], tv.pil_to_tensor(picture(103)).permute(1, 2, 0))
     assert gm.load_data(f"folder:{tmp_path}", None, image_size=16).test.x.shape == (8, 16, 16, 3)
-    (tmp_path / "test").rename(tmp_path / "val")
+    shutil.copytree(tmp_path / "test", tmp_path / "val")
+    shutil.rmtree(tmp_path / "test" / "dog")  # no labels: val serves, also as the validation set
+    with pytest.warns(UserWarning, match="val serves"):
+        for out in (False, True):
+            data = gm.load_data(f"folder:{tmp_path}", None, held_out=out)
+            assert (len(data.train.y), len(data.test.y)) == (12, 8)
+    shutil.rmtree(tmp_path / "test")
     assert len(gm.load_data(f"folder:{tmp_path}", None).test.y) == 8
+
+
+def test_folders_as_people_have_them(tmp_path):
+    make_folder(tmp_path)
+    for hidden in (".ipynb_checkpoints/000.png", "dog/.ipynb_checkpoints/000.png", "dog/._000.png"):
+        (tmp_path / "train" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / hidden).write_bytes(b"not a picture")
+    for other in ("1.jfif", "2.GIF", "3.avif"):
+        (tmp_path / "train" / "cat" / other).touch()
+    upright = picture(7, (8, 8))
+    for orientation, turned in ((3, upright.rotate(180)), (6, upright.rotate(90)), (8, upright.rotate(-90))):
+        exif = tv_folder.Image.Exif()
+        exif[0x0112] = orientation
+        turned.save(tmp_path / "train" / "dog" / "000.png", exif=exif)
+        with pytest.warns(UserWarning, match="3 files"):
+            data = gm.load_data(f"folder:{tmp_path}", None)
+        assert (data.classes, len(data.train.y)) == (2, 12)
+        assert torch.equal(data.train.x[6], tv.pil_to_tensor(upright).permute(1, 2, 0))
 
 
 # --- the paper's settings -------------------------------------------------------------------------------------
@@ -834,16 +1082,13 @@ def test_the_period_shrinks_with_the_epochs(flags, period):
     assert settings(flags).period == period
 
 
-def test_a_lambda_too_small_for_the_steps_is_named():
-    """What it warns of is what happens: scores that the loss never moves, because every input is 0."""
-    args = settings("--epochs 10 --lr 0.3 --sparsity 0.1 --lam 0.0002")
-    with pytest.warns(UserWarning, match="^lambda 0.0002 is small for 400 steps") as found:
-        gm.check_lambda(args, 40)
-    left, enough, s = re.search(r"leaves ([\d.]+)%.*--lam (\S+) leaves ([\d.]+)%", str(found[0].message)).groups()
-    data = [(torch.zeros(2, 200), torch.zeros(2).long())] * 40
-    for lam, share in ((0.0002, left), (float(enough), s)):
-        gem = gm.mine(nn.Linear(200, 200, bias=False), data, sparsity=0.1, epochs=10, lr=0.3, lam=lam)
-        assert 100 * (gem.p >= 0.5).float().mean() == pytest.approx(float(share), abs=1)
+@pytest.mark.parametrize("flags, lam", [
+    ("", 1e-4), ("--sparsity 0.0145", 1e-4), ("--epochs 150", 1e-4), ("--epochs 20 --lam 0.5", 0.5),
+    ("--epochs 20", "auto"), ("--sparsity 0.03", "auto"), ("--batch-size 64", "auto"), ("--lam auto", "auto"),
+    ("--dataset cifar100", "auto"), ("--model vgg16 --epochs 20", 1e-6), ("--epochs 20 --penalty l1", 1e-4),
+])  # fmt: skip
+def test_lambda_is_the_papers_in_its_own_runs_alone(flags, lam):
+    assert settings(flags).lam == lam
 
 
 # --- the command line -----------------------------------------------------------------------------------------
@@ -1113,13 +1358,13 @@ def test_bad_folders(tmp_path, capsys):
     refused(argv, capsys, "cannot read", "001.png", "remove it")
     bad.write_bytes(content)
     refused([*argv, "--val"], capsys, "4 training images are too few")
+    for mode in ("I", "I;16", "F"):  # PIL makes such pictures white
+        tv_folder.Image.new(mode, (8, 8)).save(tmp_path / "train" / "dog" / "001.tif")
+        refused(argv, capsys, "001.tif", mode, "8-bit RGB")
     (tmp_path / "train" / "cow").mkdir()
     refused(argv, capsys, "cow")
     picture(0).save(tmp_path / "train" / "cow" / "000.png")
     refused(argv, capsys, "same class folders", "'cow'")
-    for file in make_folder(tmp_path / "white", train=1, test=1).rglob("*.png"):  # PIL makes 16-bit pictures so
-        tv.to_pil_image(torch.full((3, 8, 8), 255, dtype=torch.uint8)).save(file)
-    refused(command(tmp_path / "white", tmp_path / "run"), capsys, "one colour", "8-bit")
     make_folder(tmp_path / "one", classes=["cat"])
     refused(command(tmp_path / "one", tmp_path / "run"), capsys, "'cat'", "tell apart")
 
@@ -2071,11 +2316,11 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def test_the_file_alone_can_be_copied(tmp_path):
-    """The README's example runs with gem_miner.py alone, without torchvision; its import prints and draws nothing."""
+@pytest.mark.parametrize("example", [block for block in blocks("python") if "mine(f, " in block])
+def test_the_file_alone_can_be_copied(example, tmp_path):
+    """The README's examples run with gem_miner.py alone, without torchvision; its import prints and draws nothing."""
     shutil.copy(HERE / "gem_miner.py", tmp_path)
-    [example] = [block for block in blocks("python") if "mine(f, train" in block]
-    example = example.replace("epochs=20", "epochs=2")
+    example = re.sub(r"epochs=\d+", "epochs=1", example).replace("randint(50, (64", "randint(50, (4")
     script = f"""
 import sys, torch
 before = torch.get_rng_state()
@@ -2085,7 +2330,8 @@ print("imported")
 {example}
 assert not {{'torchvision', 'models'}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    argv = [sys.executable, "-W", "error", "-W", "ignore:no weight is left", "-c", script]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("imported")
 
@@ -2093,6 +2339,7 @@ assert not {{'torchvision', 'models'}} & set(sys.modules)
 def test_the_commands_in_the_readme_and_the_header_are_understood(tmp_path, monkeypatch):
     """The first, the demonstration, also runs, made small."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     lines = gm.__doc__.splitlines() + [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("python gem_miner.py")]
     assert len(commands) > 4
@@ -2132,8 +2379,18 @@ def test_only_the_allowed_packages_are_imported():
 # --- GPU ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_gpu_agrees_with_cpu(pictures):
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Convolutions in float32: by default GPUs round their inputs to TF32, and mining is chaotic in single scores."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+
+
+@needs_gpu
+def test_gpu_agrees_with_cpu(pictures, exact):
     data, gems = gm.load_data(f"folder:{pictures}", None), []
     stats = gm.pixel_stats(data.train.x)
     for device in ("cpu", "cuda"):
@@ -2142,29 +2399,29 @@ def test_gpu_agrees_with_cpu(pictures):
         model = models.resnet20(2).to(device)
         gems.append(gm.mine(model, gm.Batches(split, stats, 8, train=True, pad=2), sparsity=0.5, epochs=1))
     assert torch.equal(gems[0].w, gems[1].w.cpu())
-    assert torch.allclose(gems[0].p, gems[1].p.cpu(), atol=1e-3)
+    assert (gems[0].p - gems[1].p.cpu()).abs().mean() < 1e-3
     assert (gems[0].q != gems[1].q.cpu()).float().mean() < 0.01
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_gpu_compiled_equals_eager():
+@needs_gpu
+def test_gpu_compiled_equals_eager(exact):
     """As CUDA graphs, with a last batch that is smaller."""
     data = [(torch.randn(n, 3, 32, 32).cuda(), torch.arange(n).cuda() % 10) for n in (16, 16, 5)]
-    torch.manual_seed(0)
     model, ends = models.resnet20().cuda(), []
     for compiled in (False, True):
         f = gm.Network(copy.deepcopy(model), compile=compiled)
         gem = gm.mine(f, data, sparsity=0.5, epochs=3, period=1)
         ends.append((gem.p, gm.finetune(f, gem.w, torch.ones_like(gem.w), data, epochs=3)))
     for eager, compiled in zip(*ends):
-        assert torch.allclose(eager, compiled, atol=1e-2)
+        assert (eager - compiled).abs().mean() < 1e-3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("score", ["snip", "grasp", "synflow", "prospr", "random"])
-def test_gpu_scores_as_cpu(score):
-    data = (torch.randn(20, 3, 8, 8), torch.arange(20) % 4)
-    cpu = bl.at_init(models.resnet20(), data, score=score, sparsity=0.1)
-    gpu = bl.at_init(models.resnet20().cuda(), data, score=score, sparsity=0.1)
+def test_gpu_scores_as_cpu(score, exact):
+    data = (torch.randn(20, 3, 8, 8, dtype=torch.float64), torch.arange(20) % 4)
+    model = models.resnet20().double()
+    cpu = bl.at_init(model, data, score=score, sparsity=0.1)
+    gpu = bl.at_init(model.cuda(), data, score=score, sparsity=0.1)
     assert gpu.m.is_cuda
-    assert (cpu.m != gpu.m.cpu()).float().mean() < 0.01
+    assert (cpu.m != gpu.m.cpu()).double().mean() < 0.001
