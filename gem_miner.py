@@ -129,7 +129,7 @@ def mine(
     for j in range(first, E + 1):                                              # line 4
         stats = begin_epoch(f, opt, schedule, eta, j, E, seed, "mine")         # sets lr, random state, train mode
         if auto:
-            lam = choose_lambda(p.detach(), q, round(d * s ** min(1, 2 * j / E)), opt, steps)
+            lam = choose_lambda(opt, q, round(d * s ** min(1, 2 * j / E)), steps)
         for x, y in minibatches(train, batch_size, f.device):                  # line 5
             w_eff = (w * q) * r(p)                                             # line 6
             out = f(w_eff, x)
@@ -174,18 +174,22 @@ def freeze(p, q, keep, invert=False):
     # fmt: on
 
 
-def choose_lambda(p, q, keep, opt, steps):
+def choose_lambda(opt, q, keep, steps):
     """lam="auto", which the paper does not have: a lambda for the coming epoch of so many steps.
 
     By itself the penalty of line 7 shrinks a score, under SGD, to e^(-X) of it in an epoch, X = 2 * lam * (sum of the
     learning rates of its steps) / (1 - momentum). Let t be the largest of those surviving scores that are below the
-    `keep` best. X = ln(2t) brings it to 0.5: r(p) * q has `keep` ones at the end, if the loss moves nothing. mine()
-    asks for s ** min(1, 2j / E) of the weights in epoch j: s is reached after half of the epochs, and held.
+    `keep` best, where their momentum carries them. X = ln(2t) brings it to 0.5: r(p) * q has `keep` ones at the end,
+    if the loss moves nothing. mine() asks for s ** min(1, 2j / E) of the weights in epoch j: s after half of the
+    epochs, and then on.
     """
+    group, (p,) = opt.param_groups[0], opt.param_groups[0]["params"]
+    eta, mu, velocity = group["lr"], group["momentum"], opt.state[p].get("momentum_buffer", 0)
+    p = p.detach() - eta * mu / (1 - mu) * velocity
     p, q = (t.cpu() if t.device.type == "mps" else t for t in (p, q))  # as in freeze
     alive = p[q.bool()].sort(descending=True).values
-    t, group = float(alive[min(keep, len(alive) - 1)]), opt.param_groups[0]
-    return math.log(2 * max(t, 0.5)) * (1 - group["momentum"]) / (2 * steps * group["lr"]) if steps else 0.0
+    t = float(alive[min(keep, len(alive) - 1)])
+    return math.log(2 * max(t, 0.5)) * (1 - mu) / (2 * steps * eta) if steps else 0.0
 
 
 class StraightThrough(torch.autograd.Function):
