@@ -724,10 +724,17 @@ def test_lambda_by_itself_reaches_the_density_in_half_the_epochs(kind):
     for j, (density, lam) in enumerate(seen, 1):
         wanted = 0.05 ** min(1, j / 5)
         if j > 1 and wanted < 0.5:  # uniform scores leave half of the weights by themselves
-            assert density == pytest.approx(wanted, rel=0.1)
+            assert density == pytest.approx(wanted, rel=0.15)
             assert lam > 0 or j > 5
     assert gem.q.sum() == 100
     assert seen[0][1] == 0 or kind != "iterable"
+
+
+def test_lambda_by_itself_does_not_overshoot_in_few_steps():
+    """With ten steps an epoch, most of what a lambda does comes later, by momentum."""
+    x, y = torch.zeros(200, 50), torch.zeros(200).long()
+    gem = gm.mine(nn.Linear(50, 40, bias=False), (x, y), sparsity=0.05, epochs=10, period=3, batch_size=20)
+    assert gem.m.sum() == gem.q.sum() == 100
 
 
 def test_lambda_by_itself_is_for_what_it_was_derived_for():
