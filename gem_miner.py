@@ -27,6 +27,7 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
 """
 
 import argparse
+import atexit
 import ctypes
 import io
 import itertools
@@ -48,6 +49,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
@@ -130,7 +132,7 @@ def mine(
         stats = begin_epoch(f, opt, schedule, eta, j, E, seed, "mine")         # sets lr, random state, train mode
         if auto:
             lam = choose_lambda(opt, q, round(d * s ** min(1, 2 * j / E)), steps)
-        for x, y in minibatches(train, batch_size, f.device):                  # line 5
+        for x, y in f.batches(train, batch_size):                              # line 5
             w_eff = (w * q) * r(p)                                             # line 6
             out = f(w_eff, x)
             loss = criterion(out, y)
@@ -264,6 +266,8 @@ class Network(nn.Module):
     bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
+    rank, world, share = 0, 1, 1.0  # of several processes (join); share: how much of the present batch this one has
+
     def __init__(self, model, prune=None, bf16=False, compile=False):
         super().__init__()
         self.model, self.bf16, self.compile = model, bf16, compile
@@ -319,6 +323,8 @@ class Network(nn.Module):
             return self.call(v, x)
         if not self.compile:
             self.load(v)  # a block under torch.utils.checkpoint is run again in backward(), by the model's own weights
+        if self.world > 1 and v.requires_grad:
+            v.register_hook(self.add_up)
         return self.in_training(v, x)
 
     def call(self, v, x):
@@ -329,6 +335,41 @@ class Network(nn.Module):
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
             out = functional_call(self.model, views, args, kw)
         return out.float() if self.bf16 and torch.is_tensor(out) else out
+
+    def batches(self, data, batch_size):
+        """minibatches() on this device; in training, of several processes each takes its share of every batch."""
+        for batch in minibatches(data, batch_size, self.device):
+            if self.world > 1 and self.training:
+                n = len(tensors(batch)[0])
+                if n < 2 * self.world:
+                    raise InputError(f"a batch of {n} is too small for {self.world} processes: each needs two images")
+                self.share = len(range(self.rank, n, self.world)) / n
+                batch = each(batch, lambda t: t[self.rank :: self.world])
+            yield batch
+
+    def join(self):
+        """Train together with the other processes of torch.distributed, which all do the same from here on."""
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        for parameter in self.others().values():
+            parameter.register_hook(self.add_up)
+
+    def add_up(self, grad):
+        """The gradient of the mean loss of the whole batch, from those of the means of its shares."""
+        grad = grad * self.share
+        dist.all_reduce(grad)
+        return grad
+
+    def meet(self, *sums):
+        """The sums over all processes; BatchNorm's running statistics become the mean over all."""
+        if self.world == 1:
+            return sums
+        for buffer in self.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world
+        sums = torch.tensor([float(t) for t in sums], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def views(self, v):
         """{name: v's part for that layer, in the shape of its weight}, without a copy."""
@@ -419,7 +460,7 @@ def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
         eta = schedule(eta, j, E)
         for group in opt.param_groups:
             group["lr"] = eta
-    return Stats(j, opt.param_groups[0]["lr"])
+    return Stats(j, opt.param_groups[0]["lr"], f)
 
 
 def check_state(state, ours):
@@ -432,8 +473,8 @@ def check_state(state, ours):
 class Stats:
     """Loss and accuracy of epoch j, summed on the device: no step waits for a number."""
 
-    def __init__(self, j, eta):
-        self.j, self.eta = j, eta
+    def __init__(self, j, eta, f):
+        self.j, self.eta, self.f = j, eta, f
         self.steps = self.n = self.loss = self.correct = 0
 
     def add(self, loss, out, x, y):
@@ -451,10 +492,11 @@ class Stats:
         """The figures of the epoch; FloatingPointError if the loss or the parameters are not finite."""
         if not self.n:
             raise InputError("the data gave no batch: pass what can be iterated anew for each epoch")
-        loss = float(self.loss / self.n)
+        total, n, correct = self.f.meet(self.loss, self.n, self.correct)
+        loss = float(total / n)
         if not (math.isfinite(loss) and params.isfinite().all()):
             raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
-        acc = round(100 * float(self.correct) / self.n, 4)
+        acc = round(100 * float(correct) / n, 4)
         return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": None if math.isnan(acc) else acc}
 
 
@@ -521,8 +563,8 @@ def accuracy(model, data, v=None, batch_size=1000):
     None where that makes no sense: the output is not (B, classes), or y not class indices (B,).
     """
     f = Network.of(model).eval()
-    v, stats = f.vector() if v is None else v, Stats(0, 0)
-    for x, y in minibatches(data, batch_size, f.device):
+    v, stats = f.vector() if v is None else v, Stats(0, 0, f)
+    for x, y in f.batches(data, batch_size):
         stats.add(v.new_zeros(()), f(v, x), x, y)
     return stats.row(v)["train_acc"]
 
@@ -543,8 +585,9 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
         layer.momentum = None  # a plain mean, not a decaying one
     reseed(seed, "reestimate")
     try:
-        for x, _ in itertools.islice(minibatches(train, batch_size, f.device), batches):
+        for x, _ in itertools.islice(f.batches(train, batch_size), batches):
             f.call(v, x)
+        f.meet()
     except BaseException:
         f.restore(before)
         raise
@@ -580,7 +623,7 @@ def fit(
         if left == 0:
             break
         stats = begin_epoch(f, opt, schedule, lr, j, epochs, seed, phase)
-        for x, y in itertools.islice(minibatches(train, batch_size, f.device), left):
+        for x, y in itertools.islice(f.batches(train, batch_size), left):
             out = f(effective(u, j), x)
             loss = criterion(out, y)
             opt.zero_grad()
@@ -1000,11 +1043,14 @@ BY_HAND = {  # what to put into --data-dir, as it is
 
 # --- A run's folder: one file a phase -----------------------------------------------------------------------
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process; the first one alone writes and prints
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # the line that tells how far an epoch is
 
 
 def write(path, content):
     """Text, or (by torch.save) anything else: afterwards the file is there whole, or as it was before."""
+    if RANK:
+        return
     buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
     if not isinstance(content, str):
         torch.save(content, buffer)
@@ -1291,6 +1337,11 @@ def hardware(args):
     if not have[device]:
         raise InputError(f"--device {device}: this machine, or this build of torch, has none; take --device cpu")
     args.device = torch.device(device)
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     if args.bf16 is None:
         args.bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.benchmark = True
@@ -1309,7 +1360,11 @@ def prepare(args):
     """A run's Network, Batches to train and to report on, and arguments of models.build."""
     import models
 
+    if RANK:  # the first process downloads
+        dist.barrier()
     data = load_data(args.dataset, args.data_dir, args.image_size, args.val)
+    if dist.is_initialized() and not RANK:
+        dist.barrier()
     pretrained = args.model == "resnet50" and args.dataset == "caltech101"  # appendix A.3.1
     side = data.train.x.shape[1]
     build = {"num_classes": data.classes, "affine": pretrained, "image_size": side}
@@ -1318,6 +1373,8 @@ def prepare(args):
     if pretrained:
         load_imagenet_weights(model)
     f = Network(model.to(args.device), bf16=args.bf16, compile=args.compile)
+    if dist.is_initialized():
+        f.join()
     check_sparsity(args.sparsity, f.d)
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
@@ -1369,6 +1426,7 @@ def run_command(args, find, epochs, text, draw, checks):
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
+    f.meet()  # no process goes on before all have seen what is in the folder
     begun = [check for check in checks if (args.out / f"{check}.pt").exists()]  # goes on
     checks = [check for check in checks if check in (args.checks or ()) or check in begun]
     run.left = cost(args, epochs, checks)
@@ -1515,7 +1573,9 @@ def plan(args):
 
 
 def warn_plainly():
-    warnings.simplefilter("default", UserWarning)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    warnings.simplefilter("ignore" if RANK else "default", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
 
 

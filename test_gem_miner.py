@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -2381,6 +2382,77 @@ def test_only_the_allowed_packages_are_imported():
         assert names <= allowed
         if path.name == "models.py":
             assert names == {"torch"}  # it knows nothing of pruning
+
+
+# --- several processes ----------------------------------------------------------------------------------------
+
+TOGETHER = """
+import copy, os, sys, torch
+import torch.distributed as dist
+import gem_miner as gm
+
+def result(join):
+    torch.manual_seed(0)
+    x, y, states = torch.randn(22, 4), torch.arange(22) % 3, []
+    f = gm.Network(torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)))
+    if join:
+        f.join()
+    how = {"sparsity": 0.3, "epochs": 4, "batch_size": 8, "lr": 1.0}  # batches of 8, 8 and 6
+    gem = gm.mine(f, (x, y), **how, on_epoch=lambda row, v, state: states.append((row, copy.deepcopy(state))))
+    again = gm.mine(f, (x, y), **how, state=states[1][1])
+    assert torch.equal(gem.p, again.p) and torch.equal(gem.q, again.q)
+    w = gm.finetune(f, gem.w, gem.q, (x, y), epochs=2, batch_size=8, lr=0.1)
+    rows = torch.tensor([[row["loss"], row["train_acc"]] for row, _ in states])
+    return [gem.p, gem.q, w, *f.others().values(), rows]
+
+def same_everywhere(tensors):
+    ends = [None] * dist.get_world_size()
+    dist.all_gather_object(ends, [t.tolist() for t in tensors])
+    assert all(end == ends[0] for end in ends)
+
+rank, out = gm.RANK, sys.argv[-1]
+alone = result(join=False)
+for world in (2, 3):
+    if rank < world:
+        dist.init_process_group("gloo", init_method=f"file://{out}-{world}", rank=rank, world_size=world)
+        together = result(join=True)
+        assert torch.equal(alone[1], together[1])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, together)), (alone, together)
+        same_everywhere(together)
+        x, f = torch.randn(6, 4), gm.Network(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)))
+        dist.broadcast(x, 0)
+        f.join()
+        gm.reestimate(f, f.vector(), (x, torch.zeros(6)))  # the shares are equal, so the mean of means is the mean
+        assert torch.allclose(f.model[0].running_mean, x.mean(0), atol=1e-6)
+        try:
+            f = gm.Network(torch.nn.Linear(4, 3))
+            f.join()
+            gm.mine(f, (torch.randn(3, 4), torch.arange(3) % 3), sparsity=0.5, epochs=1)
+            raise SystemExit("accepted a batch that is too small")
+        except gm.InputError as e:
+            assert "too small" in str(e)
+        dist.destroy_process_group()
+seen, report = [], gm.report
+gm.report = lambda run, args, gem, *rest: [seen.extend([gem.p, *run.f.state_dict().values()]), report(run, args, gem, *rest)]
+run = "--model resnet20 --epochs 1 --batch-size 8 --sparsity 0.3 --device cpu".split() + sys.argv[1:]
+assert gm.main(run) == gm.main([*run, "--resume", "--checks", "shuffle"]) == 0
+same_everywhere(seen)
+"""
+
+
+def test_several_processes_are_as_one(pictures, tmp_path):
+    """Of torchrun: the same scores, masks, weights and figures as one; and each has the same, after a resume too."""
+    (tmp_path / "together.py").write_text(TOGETHER)
+    argv = ["torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(tmp_path / "together.py")]
+    flags = ["--dataset", f"folder:{pictures}", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", *argv, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("post-finetune") == 2  # printed by one of them alone, twice
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(result["checks"]) == ["shuffle"]
 
 
 # --- GPU ------------------------------------------------------------------------------------------------------
