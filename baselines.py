@@ -23,8 +23,9 @@ Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --fi
 
 As a library: METHOD(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is at_init(...,
 score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
-train, lr=0.1). model, train, batch_size and criterion are as for gem_miner.mine; the model is left in eval mode,
-holding w * m. New weights are drawn, except with init=gem_miner.given.
+train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is the criterion of imp and edge_popup
+(scores need tensors and class indices). The model is left in eval mode, holding w * m. New weights are drawn, except
+with init=gem_miner.given.
 
 Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's).
 All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the

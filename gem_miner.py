@@ -109,7 +109,7 @@ def mine(
         raise InputError(f"the period must be a whole number from 1 to the number of epochs ({E}): not {T}")
     if not auto and not lam >= 0:
         raise InputError(f"lambda must not be negative: {lam}")
-    ours = {"d": d, "sparsity": s, "epochs": E, "period": T, "seed": seed}
+    ours = {"d": d, "sparsity": s, "epochs": E, "period": T, "seed": seed, "names": f.names, "shapes": f.shapes}
 
     last = E // T * T                  # the epoch of the last freeze; there d * e^(-cj) is d * s (Deviation 1)
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
@@ -191,7 +191,7 @@ def choose_lambda(opt, q, keep, steps):
     p, q = (t.cpu() if t.device.type == "mps" else t for t in (p, q))  # as in freeze
     alive = p[q.bool()].sort(descending=True).values
     t = float(alive[min(keep, len(alive) - 1)])
-    return math.log(2 * max(t, 0.5)) * (1 - mu) / (2 * steps * eta) if steps else 0.0
+    return math.log(2 * max(t, 0.5)) * (1 - mu) / (2 * steps * eta) if steps * eta else 0.0
 
 
 class StraightThrough(torch.autograd.Function):
@@ -260,8 +260,8 @@ def check_sparsity(s, d):
 class Network(nn.Module):
     """An untouched nn.Module as a function f(v, x) of ONE vector v in R^d that holds its prunable weights.
 
-    prune: (name, parameter) -> whether that is prunable; default: it is a Conv's or Linear's weight. A parameter that
-    modules share counts once. Everything else (biases, BatchNorm) stays in the module. Attributes: d; names, shapes,
+    prune: (name, parameter) -> whether that is prunable; default: a Conv's or Linear's weight. requires_grad makes no
+    difference. A parameter that modules share counts once. Everything else (biases, BatchNorm) stays in the module. Attributes: d; names, shapes,
     sizes of the prunable tensors, in their order in the vector. Vectors are float32, or float64 if the model is.
     bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
@@ -271,20 +271,23 @@ class Network(nn.Module):
     def __init__(self, model, prune=None, bf16=False, compile=False):
         super().__init__()
         self.model, self.bf16, self.compile = model, bf16, compile
-        layers = {name: t for name, t in model.named_modules() if isinstance(t, (nn.Linear, nn.modules.conv._ConvNd))}
-        for name in layers if not prune else ():
-            if "weight" not in layers[name]._parameters:  # torch.nn.utils.prune, weight_norm, ...
+        if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+            raise InputError("this model has lazy layers: run a batch through it first, so that they get their shapes")
+        every, found = {}, {}  # {name: parameter}, by each module that has it; {prunable parameter: its first name}
+        for home, layer in model.named_modules():
+            hooks = [type(hook).__module__ for hook in layer._forward_pre_hooks.values()]
+            if hasattr(layer, "parametrizations") or any(hook.startswith("torch.nn.utils.") for hook in hooks):
                 cure = "call torch.nn.utils.prune.remove, or remove_parametrizations, first"
-                raise InputError(f"the weight of layer {name!r} is computed from other parameters: {cure}")
-        prune = prune or (lambda name, _: name.rpartition(".")[0] in layers and name.split(".")[-1] == "weight")
-        found = {}  # {parameter: its first name}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if prune(name, parameter):
-                found.setdefault(parameter, name)
+                raise InputError(f"a weight of layer {home!r} is computed from other parameters: {cure}")
+            for key, parameter in layer.named_parameters(recurse=False):
+                name = f"{home}.{key}".lstrip(".")
+                every[name] = parameter
+                weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and key == "weight"
+                if prune(name, parameter) if prune else weight:
+                    found.setdefault(parameter, name)
         if not found:
             raise InputError("there is nothing to prune: no weight of a Conv or Linear, or none that prune= takes")
-        if any(nn.parameter.is_lazy(parameter) for parameter in found):
-            raise InputError("this model has lazy layers: run a batch through it first, so that they get their shapes")
+        self.places = {name: found[parameter] for name, parameter in every.items() if parameter in found}
         self.names = list(found.values())
         self.shapes = [tuple(parameter.shape) for parameter in found]
         self.sizes = [parameter.numel() for parameter in found]
@@ -319,21 +322,24 @@ class Network(nn.Module):
 
     def forward(self, v, x):
         """The model's output (logits, say) for a batch x (as for mine) under the weights v (d,)."""
-        if not self.training:
-            return self.call(v, x)
-        if not self.compile:
-            self.load(v)  # a block under torch.utils.checkpoint is run again in backward(), by the model's own weights
-        if self.world > 1 and v.requires_grad:
-            v.register_hook(self.add_up)
-        return self.in_training(v, x)
+        if v.requires_grad and torch.is_grad_enabled():
+            if self.world > 1:
+                v.register_hook(self.add_up)
+            if (
+                not self.compile
+            ):  # a block under torch.utils.checkpoint runs again in backward(), by the model's weights
+                self.load(v)
+        return self.in_training(v, x) if self.training else self.call(v, x)
 
     def call(self, v, x):
         views = {name: view.to(self.model.get_parameter(name).dtype) for name, view in self.views(v).items()}
+        views = {name: views[first] for name, first in self.places.items()}
         if v.device.type == "mps":  # for the same reason as in views
             x = each(x, torch.Tensor.contiguous)
-        args, kw = ((), x) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
+        several = isinstance(x, (tuple, list)) and not hasattr(x, "_fields")
+        args, kw = ((), x) if isinstance(x, Mapping) else (tuple(x) if several else (x,), {})
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
-            out = functional_call(self.model, views, args, kw)
+            out = functional_call(self.model, views, args, kw, tie_weights=False)
         return out.float() if self.bf16 and torch.is_tensor(out) else out
 
     def batches(self, data, batch_size):
@@ -467,7 +473,7 @@ def check_state(state, ours):
     """InputError unless the state= of a search or training was made with the settings `ours`."""
     for key, value in ours.items():
         if state.get(key) != value:
-            raise InputError(f"state= is of another run: its {key} is {state.get(key)}, not {value}")
+            raise InputError(f"state= is of another run: its {key} is {state.get(key)!s:.80}, not {value!s:.80}")
 
 
 class Stats:
@@ -479,11 +485,10 @@ class Stats:
 
     def add(self, loss, out, x, y):
         self.steps += 1
-        n = len(tensors((x, y))[0])
+        n = len(tensors((y, x))[0])
         self.n += n
-        self.loss += loss.detach() * n
-        of_classes = torch.is_tensor(out) and out.dim() == 2 and torch.is_tensor(y) and y.dim() == 1
-        if of_classes and not y.is_floating_point():
+        self.loss += loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * n
+        if torch.is_tensor(out) and out.dim() == 2 and out.shape[1] > 1 and is_classes(y):
             self.correct += (out.argmax(1) == y).sum()
         else:  # not logits (B, classes) and class indices (B,): there is no accuracy
             self.correct = math.nan
@@ -500,6 +505,10 @@ class Stats:
         return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": None if math.isnan(acc) else acc}
 
 
+def is_classes(y):
+    return torch.is_tensor(y) and y.dim() == 1 and not y.is_floating_point()
+
+
 def chunks(order, batch_size):
     """order cut into batches. A last batch of one joins the one before: BatchNorm cannot train on it."""
     parts = list(order.split(batch_size))
@@ -507,12 +516,17 @@ def chunks(order, batch_size):
 
 
 def each(nest, change):
-    """change(t) for every tensor or array t in nested tuples, lists and dicts; other things stay as they are."""
+    """change(t) for every tensor t in nested tuples, lists and dicts; arrays become tensors, other things stay."""
     if isinstance(nest, Mapping):
         return {key: each(value, change) for key, value in nest.items()}
     if isinstance(nest, (tuple, list)):
-        return [each(value, change) for value in nest]
-    return change(torch.as_tensor(nest)) if torch.is_tensor(nest) or hasattr(nest, "__array__") else nest
+        values = [each(value, change) for value in nest]
+        return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
+    if hasattr(nest, "__array__") and not torch.is_tensor(nest):
+        nest = torch.as_tensor(nest)
+        if nest.dtype in (torch.float64, torch.int32):  # numpy's defaults, where PyTorch has others
+            nest = nest.to(torch.get_default_dtype() if nest.is_floating_point() else torch.int64)
+    return change(nest) if torch.is_tensor(nest) else nest
 
 
 def tensors(nest):
@@ -523,8 +537,9 @@ def tensors(nest):
 
 
 def is_whole(data):
-    """Whether `data` is a whole set (x, y), rather than what yields batches of it, such as [(x, y), (x, y)]."""
-    return isinstance(data, (tuple, list)) and len(data) == 2 and not all(isinstance(t, (tuple, list)) for t in data)
+    """Whether `data` is a whole set, a tuple (x, y) or a list of two tensors, rather than what yields batches of it."""
+    two = isinstance(data, (tuple, list)) and len(data) == 2
+    return two and (isinstance(data, tuple) or all(hasattr(t, "__array__") for t in data))
 
 
 def count_batches(data, batch_size):
@@ -539,19 +554,22 @@ def count_batches(data, batch_size):
 
 def minibatches(data, batch_size, device):
     """Batches (x, y) on the device: a whole set in a new random order, or whatever `data` yields when iterated."""
-    whole = data
-    if is_whole(whole):
+    if is_whole(data):
+        whole = each(data, lambda t: t)
         first, sizes = tensors(whole)[0], [len(t) if t.dim() else 0 for t in tensors(whole)]
-        if len(set(sizes)) > 1 or not tensors(whole[1]):
+        if len(set(sizes)) > 1 or not (tensors(whole[1]) or whole[1] is None):
             raise InputError(f"there are {sizes[0]} inputs, but {sizes[-1]} labels; both must be tensors or arrays")
         order = torch.randperm(len(first)).to(first.device)
         data = (each(whole, lambda t, i=i: t[i]) for i in chunks(order, batch_size))
     elif isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         raise InputError("a Dataset yields single examples: wrap it in a torch.utils.data.DataLoader")
+    wanted = "`train` must be tensors (x, y), or yield batches (x, y) when it is iterated"
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise InputError(f"{wanted}: it is {type(data).__name__}")
     for batch in data:
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[1], (int, float, str))
         if not pair or any(t.dim() == 0 for t in tensors(batch[1])):
-            raise InputError("`train` must be tensors (x, y), or yield batches (x, y) when it is iterated")
+            raise InputError(wanted)
         # Elsewhere a copy that nobody waits for is not safe (pytorch#189690).
         yield each(batch, lambda t: t.to(device, non_blocking=torch.device(device).type == "cuda"))
 
@@ -585,8 +603,12 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
         layer.momentum = None  # a plain mean, not a decaying one
     reseed(seed, "reestimate")
     try:
+        seen = 0
         for x, _ in itertools.islice(f.batches(train, batch_size), batches):
             f.call(v, x)
+            seen += 1
+        if not seen:
+            raise InputError("the data gave no batch: pass what can be iterated anew")
         f.meet()
     except BaseException:
         f.restore(before)
@@ -611,7 +633,7 @@ def fit(
     """
     u = u.to(f.device, copy=True).requires_grad_()
     opt = optimizer([u, *others], lr)
-    ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed}
+    ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed, "names": f.names, "shapes": f.shapes}
     first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
         check_state(state, ours)
@@ -647,9 +669,9 @@ def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, 
     """Train the weights w (d,) under the fixed mask m (d,), both in the order of Network.names (paper, A.3.2).
 
     The mask is part of the function, f(w * m, x), so neither momentum nor weight decay can revive a weight.
-    Biases and affine BatchNorm are trained too. Other arguments (criterion, batch_size, seed, on_epoch, state, and
-    steps: stop after so many) are as for mine. Returns w * m (d,), and leaves the model in eval mode, holding it.
-    Raises what mine does.
+    Biases and affine BatchNorm are trained too, in the model's own precision. Other arguments (criterion, batch_size,
+    seed, on_epoch, state, and steps: stop after so many) are as for mine. Returns w * m (d,), and leaves the model in
+    eval mode, holding it. Raises what mine does.
     """
     f = Network.of(model)
     m = m.to(f.device, f.dtype)

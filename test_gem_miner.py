@@ -8,6 +8,7 @@ import ast
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -545,6 +546,9 @@ def test_networks_of_others_are_mined_and_finetuned(name):
     assert gm.accuracy(model, (x, y)) == gm.accuracy(f, (x, y), v)  # dropout is off
 
 
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -573,6 +577,33 @@ def test_prune_chooses_the_parameters(build, d):
         gm.Network(model, prune=lambda name, parameter: False)
 
 
+def test_a_layer_that_a_model_has_twice_counts_once():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 3))
+    f = gm.Network(model)
+    assert (f.names, f.d) == (["0.weight", "4.weight"], 28)
+    gem = gm.mine(f, (X, Y), sparsity=0.5, epochs=2)
+    assert torch.equal(f.vector(), gem.w * gem.m)
+    assert model[2].weight is model[0].weight is layer.weight
+    v = f.vector().requires_grad_()
+    for out in (f(v, X), model(X)):
+        out.square().sum().backward()
+    assert torch.allclose(v.grad, f.vector({name: p.grad for name, p in f.weights.items()}), atol=1e-6)
+
+
+def test_accuracy_is_of_classes_alone_and_counts_examples():
+    mask, model = torch.ones(1, 4), nn.Bilinear(4, 4, 3)
+    f = gm.Network(model, prune=lambda name, parameter: name == "weight")
+    right = 100 * (model(mask.expand(6, 4), X).argmax(1) == Y).float().mean().item()
+    assert gm.accuracy(f, [((mask.expand(6, 4), X), Y)]) == pytest.approx(right, abs=1e-3)
+    network = gm.Network(nn.Linear(4, 1))
+    assert gm.accuracy(network, (X, Y)) is None  # one column
+    stats = gm.Stats(1, 0.1, network)
+    for _ in range(2):
+        stats.add(torch.tensor(6e4, dtype=torch.float16), None, (torch.ones(1), X), Y)
+    assert stats.row(X)["loss"] == pytest.approx(6e4, rel=1e-3)  # by the examples of y, in float32
+
+
 def test_a_head_can_stay_dense_and_embeddings_can_be_pruned():
     with pytest.warns(UserWarning, match="only 48 of 109"):
         f = gm.Network(Tied(), prune=lambda name, parameter: name in ("embed.weight", "a.bias"))
@@ -584,10 +615,12 @@ def test_a_head_can_stay_dense_and_embeddings_can_be_pruned():
 def test_what_would_be_left_out_silently_is_said():
     pruned, normed = nn.Linear(4, 3, bias=False), nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    lstm = nn.utils.spectral_norm(nn.LSTM(4, 3), "weight_hh_l0")
     for model, word in ((nn.Sequential(nn.Linear(4, 4), pruned), "layer '1'.*prune.remove"), (normed, "layer '0'"),
-                        (nn.LazyLinear(3), "lazy")):  # fmt: skip
-        with pytest.raises(ValueError, match=word):
-            gm.Network(model)
+                        (nn.ModuleList([lstm]), "layer '0'"), (nn.LazyLinear(3), "lazy")):  # fmt: skip
+        for prune in (None, lambda name, parameter: parameter.dim() == 2):
+            with pytest.raises(ValueError, match=word):
+                gm.Network(model, prune)
     with pytest.warns(UserWarning, match="only 12 of 115 parameters"):
         gm.Network(nn.Sequential(nn.Embedding(25, 4), nn.Linear(4, 3)))
 
@@ -612,9 +645,9 @@ def test_batches_and_outputs_of_every_kind_are_learned_alike():
     def criterion(out, y):
         return F.cross_entropy(out["logits"], y["classes"] if isinstance(y, dict) else y)
 
-    numpy = {name: t.numpy() for name, t in inputs.items()}
+    numpy = {name: t.double().numpy() for name, t in inputs.items()}
     scores = [gm.mine(model.fc, (x * scale[:, None], y), **kw).p]
-    for data in ((inputs, y), ((x, scale), y), ([x, scale], y), (numpy, y.numpy()), (inputs, {"classes": y})):
+    for data in ((inputs, y), ((x, scale), y), ([x, scale], y), (numpy, y.int().numpy()), (inputs, {"classes": y})):
         scores.append(gm.mine(model, data, criterion=criterion, on_epoch=lambda row, *_: rows.append(row), **kw).p)
     gem = gm.mine(model, [(inputs, {"classes": y})], criterion=criterion, **{**kw, "epochs": 1})  # batches of it
     gm.finetune(model, gem.w, gem.q, [((x, scale), y)], epochs=1, criterion=criterion)
@@ -623,14 +656,11 @@ def test_batches_and_outputs_of_every_kind_are_learned_alike():
     assert gm.accuracy(model, (inputs, y)) is None
 
 
-X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-
-
 @pytest.mark.parametrize("train, word", [
     ([(X, Y, Y)], "batches"), ((X, Y, Y), "batches"), (X, "batches"), ([{"x": X, "y": Y}], "batches"),
     ([(x, y) for x, y in zip(X, Y)], "batches"), ([(x, int(y)) for x, y in zip(X, Y)], "batches"),
     (torch.utils.data.TensorDataset(X, Y), "DataLoader"), ((X, Y.tolist()), "tensors or arrays"),
-    (({"inputs": X, "scale": X[:5]}, Y), "6 inputs"),
+    (({"inputs": X, "scale": X[:5]}, Y), "6 inputs"), (None, "NoneType"), ([{"x": X}, {"x": X}], "batches"),
 ])  # fmt: skip
 def test_what_is_no_data_is_refused_in_a_line(train, word):
     with pytest.raises(ValueError, match=word):
@@ -658,12 +688,15 @@ def test_checkpointed_blocks_get_the_right_gradient():
     inner = saving[0].forward
     saving[0].forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
     grads = []
-    for model in (plain, saving):
+    for training, model in itertools.product((True, False), (plain, saving)):
         f = gm.Network(model)
         v = torch.linspace(-1, 1, f.d).requires_grad_()
-        F.cross_entropy(f.train()(v, x), Y).backward()
+        F.cross_entropy(f.train(training)(v, x), Y).backward()
         grads.append(v.grad)
-    assert torch.allclose(*grads)
+    assert all(torch.allclose(grads[0], grad) for grad in grads)
+    before = f.vector()
+    f(torch.zeros(f.d), x)
+    assert torch.equal(f.vector(), before)  # without a gradient, the model is as it was
 
 
 def test_a_search_can_be_stopped_and_goes_on_only_from_its_own_state():
@@ -681,6 +714,8 @@ def test_a_search_can_be_stopped_and_goes_on_only_from_its_own_state():
     gm.mine(model, Unsized(), on_epoch=on_epoch, **kw)
     gm.finetune(model, whole.w, whole.q, (X, Y), epochs=5, on_epoch=on_epoch)
     assert [state["epoch"] for state in states] == [1, 2, 1, 2]
+    with pytest.raises(ValueError, match="its names is"):
+        gm.mine(nn.Sequential(model), Unsized(), state=states[1], **kw)
     assert torch.equal(gm.mine(model, Unsized(), state=states[1], **kw).p, whole.p)
     for change, word in (({"sparsity": 0.4}, "sparsity"), ({"epochs": 5}, "epochs"), ({"seed": 1}, "seed")):
         with pytest.raises(ValueError, match=f"its {word} is"):
@@ -838,6 +873,8 @@ def test_reestimated_statistics_are_the_mean_over_batches():
         gm.reestimate(net, v, [(parts[0], torch.zeros(20)), parts[1], parts[2]])
     net[1].train = lambda mode: net[1]  # frozen by its owner
     gm.reestimate(net, v, [(parts[2], torch.zeros(20))])
+    with pytest.raises(ValueError, match="no batch"):
+        gm.reestimate(net, v, iter(()))
     assert same(net.state_dict(), before)
     assert net[1].momentum == 0.1
     assert not net.training
