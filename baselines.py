@@ -594,7 +594,7 @@ def densities(args, f):
     4: those of IMP, then smart_ratio_search. 5 and 6: those of 2 and 4, then tuned by equation (1).
     """
     if args.version in SOURCES:
-        found = densities_of(Path(getattr(args, "from")) / "gem.pt", f, args.sparsity)
+        found = densities_of(gm.place(getattr(args, "from")) / "gem.pt", f, args.sparsity)
     if args.version in (4, 6):
         return found
     p = smart_ratio(f.sizes, args.sparsity, args.model.startswith("vgg"))

@@ -470,10 +470,10 @@ def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
 
 
 def check_state(state, ours):
-    """InputError unless the state= of a search or training was made with the settings `ours`."""
+    """InputError if the state= of a search or training was made with other settings than `ours`."""
     for key, value in ours.items():
-        if state.get(key) != value:
-            raise InputError(f"state= is of another run: its {key} is {state.get(key)!s:.80}, not {value!s:.80}")
+        if state.get(key, value) != value:
+            raise InputError(f"state= is of another run: its {key} is {state[key]!s:.80}, not {value!s:.80}")
 
 
 class Stats:
@@ -838,14 +838,16 @@ def load_data(name, root, image_size=None, held_out=False):
     socket.setdefaulttimeout(30)  # of a download from a host, or a proxy, that never answers
     try:
         if name.startswith("folder:"):
-            data = folder(Path(name.removeprefix("folder:")).expanduser(), image_size)
+            data = folder(place(name.removeprefix("folder:")), image_size, held_out)
         else:
             data = LOADERS[name](Path(root))
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, LookupError) as e:  # of a download, and of a damaged archive
         reason = " ".join(str(e).split()) or type(e).__name__
-        by_hand = f"put {BY_HAND.get(name)} by hand, as it is, into {Path(root).absolute()}, or take --dataset shapes"
+        if name not in BY_HAND:
+            raise InputError(f"cannot read {name} ({reason})") from e
+        by_hand = f"put {BY_HAND[name]} by hand, as it is, into {Path(root).absolute()}, or take --dataset shapes"
         raise InputError(f"could not get {name} ({reason}): {by_hand}") from e
     if held_out:
         train, val = (data.train, data.val) if data.val else divide(data.train, 0.1)
@@ -926,40 +928,38 @@ def caltech101(root):
         Caltech101(root, download=True)
     found = {name: files for name, files in pictures(home).items() if name != "BACKGROUND_Google"}
     if len(found) != 101:
-        warnings.warn(f"{home} is incomplete: {len(found)} of 101 categories are there", stacklevel=3)
-    samples = [(file, y) for y, files in enumerate(found.values()) for file in files]
-    rest, test = divide(read_images(samples, 224), 0.2)
+        warnings.warn(f"{home} has {len(found)} categories, not 101: unpack the archive again", stacklevel=3)
+    rest, test = divide(read_images(samples(home, found), 224), 0.2)
     train, val = divide(rest, 0.25)
     imagenet = ([255 * v for v in (0.485, 0.456, 0.406)], [255 * v for v in (0.229, 0.224, 0.225)])
     return Data(train, test, len(found), pad=0, stats=imagenet, val=val)
 
 
-def folder(path, image_size=None):
+def folder(path, image_size=None, held_out=False):
     """Any pictures as path/train/CLASS/* and path/test/CLASS/* (or path/val), resized to image_size if given."""
-    needs = f"{path} needs folders 'train' and 'test' (or 'val'), each with one folder of images per class"
     found = {}
     for part in ("train", "test", "val"):
         if (path / part).is_dir():
             found[part] = pictures(path / part)
     classes = list(found.get("train", ()))
-    held = [part for part in ("test", "val") if part in found]
-    if not classes or not held:
-        raise InputError(needs)
+    if not classes or len(found) < 2:
+        needs = "needs folders 'train' and 'test' (or 'val'), each with one folder of images per class"
+        raise InputError(f"{path} {needs}")
     if len(classes) < 2:
         raise InputError(f"{path / 'train'} has one class, {classes[0]!r}: there is nothing to tell apart")
+    held = [part for part in ("test", "val") if part in found]
     labelled = [part for part in held if list(found[part]) == classes]
     if not labelled:
         odd = sorted(set(classes) ^ set(found[held[0]]))
         raise InputError(f"{path}: train and {held[0]} must have the same class folders; only one has {odd[0]!r}")
-    if labelled[0] != held[0]:
-        warnings.warn(f"{path / 'test'} has not the class folders of train, so {path / 'val'} serves", stacklevel=3)
-    splits = {}
-    for part in ("train", *labelled):
-        samples = [(file, y) for y, files in enumerate(found[part].values()) for file in files]
-        splits[part] = read_images(samples, image_size)
-        if splits[part].x.shape[1:] != splits["train"].x.shape[1:]:
-            raise InputError(f"{path}: training and {part} images differ in size: resize them with --image-size 32")
-    return Data(splits["train"], splits[labelled[0]], len(classes), val=splits.get("val"))
+    for part in held:
+        if part not in labelled:
+            warnings.warn(f"{path / part} is left out: its class folders are not those of train", stacklevel=3)
+    shown = "val" if held_out and "val" in labelled else labelled[0]
+    train, test = (read_images(samples(path / part, found[part]), image_size) for part in ("train", shown))
+    if train.x.shape[1:] != test.x.shape[1:]:
+        raise InputError(f"{path}: training and {shown} images differ in size: resize them with --image-size 32")
+    return Data(train, test, len(classes), val=test if shown == "val" else None)
 
 
 def pictures(path):
@@ -968,15 +968,24 @@ def pictures(path):
 
     found, others = {}, 0
     for home in sorted(path.iterdir()):
-        if home.is_dir() and not home.name.startswith("."):
-            files = [p for p in sorted(home.rglob("*")) if "/." not in f"/{p.relative_to(home).as_posix()}"]
-            found[home.name] = [p for p in files if p.suffix.lower() in IMG_EXTENSIONS]
-            others += sum(p.is_file() for p in files) - len(found[home.name])
-            if not found[home.name]:
-                raise InputError(f"{home} has no picture ({', '.join(IMG_EXTENSIONS)})")
+        if not home.name.startswith((".", "@eaDir", "__MACOSX")):
+            inside = [Path(at, name) for at, _, names in os.walk(home, followlinks=True) for name in names]
+            files = [p for p in sorted(inside) if "/." not in f"/{p.relative_to(home).as_posix()}" and p.is_file()]
+            if home.is_dir():
+                found[home.name] = [p for p in files if p.suffix.lower() in IMG_EXTENSIONS]
+            others += len(files) - len(found.get(home.name, ())) + home.is_file()
     if others:
-        warnings.warn(f"{others} files in {path} are left out: they are not {', '.join(IMG_EXTENSIONS)}", stacklevel=4)
+        about = f"they are in no class folder, or not {', '.join(IMG_EXTENSIONS)}"
+        warnings.warn(f"{others} files in {path} are left out: {about}", stacklevel=4)
     return found
+
+
+def samples(path, found):
+    """[(file, class index)] of what pictures(path) found."""
+    for name, files in found.items():
+        if not files:
+            raise InputError(f"{path / name} has no picture that can be read here, such as a .png or .jpg file")
+    return [(file, y) for y, files in enumerate(found.values()) for file in files]
 
 
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: PIL's transposition
@@ -992,12 +1001,14 @@ def read_images(samples, size=None):
     def read(path):
         try:
             with Image.open(path) as image:
-                mode, turn = image.mode, UPRIGHT.get(image.getexif().get(0x0112))
+                deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+                image.load()  # turns a TIFF
+                turn = UPRIGHT.get(image.getexif().get(0x0112))
                 image = image.convert("RGB")
         except Exception as e:  # PIL raises a dozen types on damaged files
             raise InputError(f"cannot read the image {path}: remove it or replace it ({e})") from e
-        if mode[0] in "IF":
-            raise InputError(f"{path} has more than 8 bits a channel (mode {mode}): convert it to 8-bit RGB first")
+        if deep:
+            raise InputError(f"{path} has more than 8 bits a channel: convert it to 8-bit RGB first")
         image = image if turn is None else image.transpose(turn)
         return pil_to_tensor(image.resize((size, size)) if size else image)
 
@@ -1065,7 +1076,8 @@ BY_HAND = {  # what to put into --data-dir, as it is
 
 # --- A run's folder: one file a phase -----------------------------------------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process; the first one alone writes and prints
+# torchrun's number of this process: the first one alone writes and prints.
+RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # the line that tells how far an epoch is
 
 
@@ -1084,7 +1096,9 @@ def write(path, content):
     except OSError as e:
         if part.exists():
             part.unlink()
-        raise InputError(f"cannot write {path} ({e.strerror}): make that possible, then go on with --resume") from e
+        raise InputError(
+            f"cannot write {path} ({e.strerror}): make that possible, then run it again (--resume goes on)"
+        ) from e
 
 
 def read(path, device="cpu"):
@@ -1095,7 +1109,7 @@ def read(path, device="cpu"):
                 raise zipfile.BadZipFile
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:  # torch.load raises a dozen types on damaged files
-        raise InputError(f"{path} is damaged ({type(e).__name__}): choose another --out and start again") from e
+        raise InputError(f"{path} is damaged ({type(e).__name__}): delete it, then go on with --resume") from e
 
 
 def same_settings(ours, theirs, path):
@@ -1234,7 +1248,7 @@ def number_or_auto(text):
 
 
 def place(text):
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 RANGES = {  # of the flags of both programs that are numbers: (least, most)
@@ -1359,7 +1373,7 @@ def hardware(args):
     if not have[device]:
         raise InputError(f"--device {device}: this machine, or this build of torch, has none; take --device cpu")
     args.device = torch.device(device)
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -1401,6 +1415,9 @@ def prepare(args):
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = ShownBatches(train, stats, args.batch_size, train=True, pad=data.pad)
+    least = min(map(len, chunks(train.y, args.batch_size)))
+    if least < 2 * f.world > 2:
+        raise InputError(f"--batch-size: a batch of {least} is too small for {f.world} processes, two images for each")
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
     try:
         with torch.no_grad():
