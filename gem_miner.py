@@ -287,7 +287,8 @@ class Network(nn.Module):
                     found.setdefault(parameter, name)
         if not found:
             raise InputError("there is nothing to prune: no weight of a Conv or Linear, or none that prune= takes")
-        self.places = {name: found[parameter] for name, parameter in every.items() if parameter in found}
+        first = {parameter: name for name, parameter in reversed(every.items())} | found
+        self.places = {name: first[parameter] for name, parameter in every.items()}  # of a shared one: all its names
         self.names = list(found.values())
         self.shapes = [tuple(parameter.shape) for parameter in found]
         self.sizes = [parameter.numel() for parameter in found]
@@ -320,8 +321,8 @@ class Network(nn.Module):
     def dtype(self):
         return torch.promote_types(self.model.get_parameter(self.names[0]).dtype, torch.float32)
 
-    def forward(self, v, x):
-        """The model's output (logits, say) for a batch x (as for mine) under the weights v (d,)."""
+    def forward(self, v, x, others=None):
+        """The model's output for a batch x (as for mine) under the weights v (d,), and others() if not its own."""
         if v.requires_grad and torch.is_grad_enabled():
             if self.world > 1:
                 v.register_hook(self.add_up)
@@ -329,17 +330,18 @@ class Network(nn.Module):
                 not self.compile
             ):  # a block under torch.utils.checkpoint runs again in backward(), by the model's weights
                 self.load(v)
-        return self.in_training(v, x) if self.training else self.call(v, x)
+        return (self.in_training if self.training else self.call)(v, x, others)
 
-    def call(self, v, x):
-        views = {name: view.to(self.model.get_parameter(name).dtype) for name, view in self.views(v).items()}
-        views = {name: views[first] for name, first in self.places.items()}
+    def call(self, v, x, others=None):
+        given = self.views(v) | (others or {})
+        given = {name: t.to(self.model.get_parameter(name).dtype) for name, t in given.items()}
+        given = {name: given[first] for name, first in self.places.items() if first in given}
         if v.device.type == "mps":  # for the same reason as in views
             x = each(x, torch.Tensor.contiguous)
         several = isinstance(x, (tuple, list)) and not hasattr(x, "_fields")
         args, kw = ((), x) if isinstance(x, Mapping) else (tuple(x) if several else (x,), {})
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
-            out = functional_call(self.model, views, args, kw, tie_weights=False)
+            out = functional_call(self.model, given, args, kw, tie_weights=False)
         return out.float() if self.bf16 and torch.is_tensor(out) else out
 
     def batches(self, data, batch_size):
@@ -356,8 +358,6 @@ class Network(nn.Module):
     def join(self):
         """Train together with the other processes of torch.distributed, which all do the same from here on."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        for parameter in self.others().values():
-            parameter.register_hook(self.add_up)
 
     def add_up(self, grad):
         """The gradient of the mean loss of the whole batch, from those of the means of its shares."""
@@ -487,7 +487,7 @@ class Stats:
         self.steps += 1
         n = len(tensors((y, x))[0])
         self.n += n
-        self.loss += loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * n
+        self.loss += at_least_float32(loss.detach()) * n
         if torch.is_tensor(out) and out.dim() == 2 and out.shape[1] > 1 and is_classes(y):
             self.correct += (out.argmax(1) == y).sum()
         else:  # not logits (B, classes) and class indices (B,): there is no accuracy
@@ -503,6 +503,10 @@ class Stats:
             raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
         acc = round(100 * float(correct) / n, 4)
         return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": None if math.isnan(acc) else acc}
+
+
+def at_least_float32(t):
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def is_classes(y):
@@ -624,15 +628,19 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
 
 def fit(
     f, u, effective, train, *, phase, epochs, lr, optimizer, schedule, criterion=F.cross_entropy, batch_size=128,
-    seed=0, others=(), steps=None, on_epoch=None, state=None,
+    seed=0, others=None, steps=None, on_epoch=None, state=None,
 ):  # fmt: skip
     """Learn the vector u: minimise the loss of f(effective(u, j), x) in epochs j = 1..E. Returns u.
 
-    effective maps u to weights (d,). others: parameters that are trained too. phase: what the random draws of an
+    effective maps u to weights (d,). others: {name: parameter} that are trained too, in float32 or better. phase: what the random draws of an
     epoch depend on, together with the seed. steps: stop after so many. The other arguments are as for mine.
     """
     u = u.to(f.device, copy=True).requires_grad_()
-    opt = optimizer([u, *others], lr)
+    others = {name: at_least_float32(t.detach()).requires_grad_() for name, t in (others or {}).items()}
+    for t in others.values() if f.world > 1 else ():
+        t.register_hook(f.add_up)
+    trained = [u, *others.values()]
+    opt = optimizer(trained, lr)
     ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed, "names": f.names, "shapes": f.shapes}
     first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
@@ -646,12 +654,14 @@ def fit(
             break
         stats = begin_epoch(f, opt, schedule, lr, j, epochs, seed, phase)
         for x, y in itertools.islice(f.batches(train, batch_size), left):
-            out = f(effective(u, j), x)
+            out = f(effective(u, j), x, others)
             loss = criterion(out, y)
             opt.zero_grad()
-            loss.backward(inputs=[u, *others])
+            loss.backward(inputs=trained)
             opt.step()
             stats.add(loss, out, x, y)
+        for name, t in others.items():  # the same memory, but where the model is in bfloat16
+            f.model.get_parameter(name).data.copy_(t)
         left = None if left is None else left - stats.steps
         v = effective(u.detach(), j)
         kept = int(v.count_nonzero())
@@ -669,9 +679,9 @@ def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, 
     """Train the weights w (d,) under the fixed mask m (d,), both in the order of Network.names (paper, A.3.2).
 
     The mask is part of the function, f(w * m, x), so neither momentum nor weight decay can revive a weight.
-    Biases and affine BatchNorm are trained too, in the model's own precision. Other arguments (criterion, batch_size,
-    seed, on_epoch, state, and steps: stop after so many) are as for mine. Returns w * m (d,), and leaves the model in
-    eval mode, holding it. Raises what mine does.
+    Biases and affine BatchNorm are trained too. Other arguments (criterion, batch_size, seed, on_epoch, state, and
+    steps: stop after so many) are as for mine. Returns w * m (d,), and leaves the model in eval mode, holding it.
+    Raises what mine does.
     """
     f = Network.of(model)
     m = m.to(f.device, f.dtype)
@@ -679,7 +689,7 @@ def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, 
         raise InputError(f"w and m must be vectors of {f.d} numbers, and those of m 0 or 1")
     w = m * fit(
         f, w, lambda w, j: w * m, train, phase="finetune", epochs=epochs, lr=lr, optimizer=optimizer,
-        schedule=schedule, others=f.others().values(), **kw,
+        schedule=schedule, others=f.others(), **kw,
     )  # fmt: skip
     f.load(w)
     f.eval()

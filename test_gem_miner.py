@@ -678,9 +678,13 @@ def test_scores_are_not_swallowed_by_bfloat16():
     moved = (one.p - torch.rand(f.d)).abs()
     assert one.p.dtype == one.w.dtype == torch.float32
     assert 0 < moved.max() < 1e-3
-    v = gm.finetune(model, one.w, one.q, data, epochs=1, lr=1e-4)
-    assert not torch.equal(v, one.w)
+    bias, single = model.bias.clone(), nn.Linear(4, 3)
+    single.load_state_dict(model.state_dict())
+    v = gm.finetune(model, one.w, one.q, data, epochs=200, lr=1e-4)
+    gm.finetune(single, one.w, one.q, (X, Y), epochs=200, lr=1e-4)
     assert torch.equal(f.vector(), v.bfloat16().float())
+    assert not torch.equal(model.bias, bias)
+    assert torch.allclose(model.bias.float(), single.bias, atol=0.003)
 
 
 def test_checkpointed_blocks_get_the_right_gradient():
