@@ -43,6 +43,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import namedtuple
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -261,9 +262,9 @@ class Network(nn.Module):
     """An untouched nn.Module as a function f(v, x) of ONE vector v in R^d that holds its prunable weights.
 
     prune: (name, parameter) -> whether that is prunable; default: a Conv's or Linear's weight. requires_grad makes no
-    difference. A parameter that modules share counts once. Everything else (biases, BatchNorm) stays in the module. Attributes: d; names, shapes,
-    sizes of the prunable tensors, in their order in the vector. Vectors are float32, or float64 if the model is.
-    bf16: run under bfloat16 autocast. compile: train through torch.compile.
+    difference. A parameter that modules share counts once. Everything else (biases, BatchNorm) stays in the module.
+    Attributes: d; names, shapes, sizes of the prunable tensors, in their order in the vector. Vectors are float32, or
+    float64 if the model is. bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
     rank, world, share = 0, 1, 1.0  # of several processes (join); share: how much of the present batch this one has
@@ -326,10 +327,8 @@ class Network(nn.Module):
         if v.requires_grad and torch.is_grad_enabled():
             if self.world > 1:
                 v.register_hook(self.add_up)
-            if (
-                not self.compile
-            ):  # a block under torch.utils.checkpoint runs again in backward(), by the model's weights
-                self.load(v)
+            if not self.compile:
+                self.load(v)  # in backward(), a block under torch.utils.checkpoint runs again by the model's weights
         return (self.in_training if self.training else self.call)(v, x, others)
 
     def call(self, v, x, others=None):
@@ -488,8 +487,8 @@ class Stats:
         n = len(tensors((y, x))[0])
         self.n += n
         self.loss += at_least_float32(loss.detach()) * n
-        if torch.is_tensor(out) and out.dim() == 2 and out.shape[1] > 1 and is_classes(y):
-            self.correct += (out.argmax(1) == y).sum()
+        if torch.is_tensor(out) and torch.is_tensor(y) and out.dim() == 2 > y.dim() and out.shape[1] > 1:
+            self.correct += math.nan if y.is_floating_point() else (out.argmax(1) == y).sum()
         else:  # not logits (B, classes) and class indices (B,): there is no accuracy
             self.correct = math.nan
 
@@ -507,10 +506,6 @@ class Stats:
 
 def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def is_classes(y):
-    return torch.is_tensor(y) and y.dim() == 1 and not y.is_floating_point()
 
 
 def chunks(order, batch_size):
@@ -632,23 +627,25 @@ def fit(
 ):  # fmt: skip
     """Learn the vector u: minimise the loss of f(effective(u, j), x) in epochs j = 1..E. Returns u.
 
-    effective maps u to weights (d,). others: {name: parameter} that are trained too, in float32 or better. phase: what the random draws of an
-    epoch depend on, together with the seed. steps: stop after so many. The other arguments are as for mine.
+    effective maps u to weights (d,). others: {name: parameter} that are trained too, in float32 or better. phase: what
+    the random draws of an epoch depend on, together with the seed. steps: stop after so many. The other arguments are
+    as for mine.
     """
+    ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed, "names": f.names, "shapes": f.shapes}
+    if state:
+        check_state(state, ours)
+        u = state["u"]
+        f.restore(state["rest"])
     u = u.to(f.device, copy=True).requires_grad_()
     others = {name: at_least_float32(t.detach()).requires_grad_() for name, t in (others or {}).items()}
     for t in others.values() if f.world > 1 else ():
         t.register_hook(f.add_up)
     trained = [u, *others.values()]
     opt = optimizer(trained, lr)
-    ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed, "names": f.names, "shapes": f.shapes}
     first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
-        check_state(state, ours)
         first, left = state["epoch"] + 1, state["left"]
-        u.data.copy_(state["u"])
         opt.load_state_dict(state["optimizer"])
-        f.restore(state["rest"])
     for j in range(first, epochs + 1):
         if left == 0:
             break
@@ -713,22 +710,9 @@ def reinit(f, init=signed_constant, seed=0):
 # --- The paper's settings -----------------------------------------------------------------------------------
 
 
-class Setting(NamedTuple):
-    """A row of PAPER."""
-
-    model: str
-    dataset: str
-    sparsity: float
-    epochs: int
-    batch_size: int
-    period: int
-    optimizer: str
-    lr: float
-    lam: float
-    finetune_lr: float
-    milestones: tuple  # epochs after which finetuning lowers the learning rate
-
-
+Setting = namedtuple(  # a row of PAPER; milestones: epochs after which finetuning lowers the learning rate
+    "Setting", "model dataset sparsity epochs batch_size period optimizer lr lam finetune_lr milestones"
+)
 PAPER = [
     # Tables 8 to 14 and, for E, batch, lr_ft and milestones, Table 15 (it gives the batch size of finetuning; we
     # mine with the same). Where the authors' configuration files differ and nothing tells which is right, the

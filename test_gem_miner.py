@@ -2490,7 +2490,10 @@ for world in (2, 3):
             assert "too small" in str(e)
         dist.destroy_process_group()
 seen, report = [], gm.report
-gm.report = lambda run, args, gem, *rest: [seen.extend([gem.p, *run.f.state_dict().values()]), report(run, args, gem, *rest)]
+def watched(run, args, gem, *rest):
+    seen.extend([gem.p, *run.f.state_dict().values()])
+    report(run, args, gem, *rest)
+gm.report = watched
 run = "--model resnet20 --epochs 1 --batch-size 8 --sparsity 0.3 --device cpu".split() + sys.argv[1:]
 assert gm.main(run) == gm.main([*run, "--resume", "--checks", "shuffle"]) == 0
 same_everywhere(seen)
