@@ -82,27 +82,29 @@ def mine(
     """Algorithm 1 of the paper: find the fraction `sparsity` of weights to KEEP, in an nn.Module or a Network.
 
     train      tensors or arrays (x, y), cut into shuffled batches, or what yields batches (x, y) each time it is
-               iterated. x: what the model takes; a tuple or list gives its arguments, a dict its keyword arguments
+               iterated. x: what the model takes; a tuple or list are its arguments, a dict its keyword arguments
     sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1)
-    lr, lam    eta > 0 and lambda >= 0 ("auto": choose_lambda). norm: the penalty, l2 (default, the paper's) or l1
+    lr, lam    eta > 0 and lambda >= 0 ("auto": choose_lambda). norm: the penalty, l2 (default; squared) or l1
     optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (default:
                cosine); None leaves the optimizer's rates alone
     r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss, a scalar
     init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given
     invert     freeze the largest scores instead of the smallest: score inversion, section 4's third sanity check
     on_epoch   called as on_epoch(row, weights, state) after each epoch: its figures, the effective weights (d,), and
-               what `state=` needs to go on from there (save or copy that: the search goes on with its tensors). If
+               what `state=` needs to go on from there (save or copy it at once: the search changes its tensors). If
                it returns True, the search ends, with more weights than s asks for if freezes are left
 
-    Returns a Gem, and leaves the model in eval mode, holding w * m. Biases and affine BatchNorm stay as they are. All
-    that is random depends on `seed` and the epoch alone; torch's random state is not kept. Raises InputError, a
-    ValueError, for what it cannot use and FloatingPointError for a loss that is not finite. With few steps (E times
-    the number of batches below some 2,000), take a larger lr, such as 1: scores start in [0, 1] and have to travel.
+    Returns a Gem, and leaves the model in eval mode, holding w * m. Biases and BatchNorm's weights stay as they are,
+    its running statistics do not. All that is random depends on `seed` and the epoch alone; torch's random state is
+    overwritten. Raises InputError, a ValueError, for what it cannot use and FloatingPointError for a loss that is not
+    finite. With few steps (E times the number of batches below some 2,000), take a larger lr, such as 1: scores start
+    in [0, 1] and have to travel.
     """
     # fmt: off
     f = Network.of(model)
     r, norm, init = r or round_ste, norm or l2, init or signed_constant
-    optimizer, schedule = optimizer or sgd, cosine if schedule == "cosine" else schedule
+    optimizer = optimizer or sgd
+    schedule = cosine if schedule == "cosine" else schedule
     s, E, eta, d, auto = sparsity, epochs, lr, f.d, lam == "auto"
     T = max(1, round(E / 30)) if period is None else period                    # Table 8: 5 of 150 epochs
     check_sparsity(s, d)
@@ -112,7 +114,7 @@ def mine(
         raise InputError(f"lambda must not be negative: {lam}")
     ours = {"d": d, "sparsity": s, "epochs": E, "period": T, "seed": seed, "names": f.names, "shapes": f.shapes}
 
-    last = E // T * T                  # the epoch of the last freeze; there d * e^(-cj) is d * s (Deviation 1)
+    last = E // T * T                  # of line 1's c = ln(1/s) / last, which in the paper has E (Deviation 1)
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
     reseed(seed, "init")
     w = init(f).to(f.device)                                                   # line 2
@@ -130,7 +132,7 @@ def mine(
         f.restore(state["rest"])       # BatchNorm's statistics, above all
 
     for j in range(first, E + 1):                                              # line 4
-        stats = begin_epoch(f, opt, schedule, eta, j, E, seed, "mine")         # sets lr, random state, train mode
+        stats = begin_epoch(f, opt, schedule, eta, j, E, seed, "mine")
         if auto:
             lam = choose_lambda(opt, q, round(d * s ** min(1, 2 * j / E)), steps)
         for x, y in f.batches(train, batch_size):                              # line 5
@@ -143,7 +145,7 @@ def mine(
             p.data.clamp_(0, 1)                                                # line 8, proj onto [0,1]^d
             stats.add(loss, out, x, y)
         if j % T == 0:                                                         # line 10
-            keep = round(d * s ** (j / last))                                  # d * e^(-cj), c = ln(1/s) / last
+            keep = round(d * s ** (j / last))                                  # d * e^(-cj)
             q = freeze(p.detach(), q, keep, invert)                            # lines 11-15
         m = r(p.detach()) * q                                                  # the output
         steps = stats.steps
@@ -162,7 +164,7 @@ def freeze(p, q, keep, invert=False):
 
     Line 13 prints the bottom fraction as 1 - e^(cT); 1 - e^(-cT) is meant, which leaves d * e^(-cj) after epoch j.
     Deviation 1: the paper's c = ln(1/s) / E misses s when T does not divide E, hence `last` above; and `keep` is
-    counted from d, not from the survivors, so that no rounding adds up. p stays as it is: q hides what is frozen.
+    counted from d, not from the survivors, so that no rounding adds up. Frozen scores may still move, without effect.
     """
     # fmt: off
     device = q.device
@@ -180,17 +182,15 @@ def freeze(p, q, keep, invert=False):
 def choose_lambda(opt, q, keep, steps):
     """lam="auto", which the paper does not have: a lambda for the coming epoch of so many steps.
 
-    By itself the penalty of line 7 shrinks a score, under SGD, to e^(-X) of it in an epoch, X = 2 * lam * (sum of the
-    learning rates of its steps) / (1 - momentum). Let t be the largest of those surviving scores that are below the
-    `keep` best, where their momentum carries them. X = ln(2t) brings it to 0.5: r(p) * q has `keep` ones at the end,
-    if the loss moves nothing. mine() asks for s ** min(1, 2j / E) of the weights in epoch j: s after half of the
-    epochs, and then on.
+    Under SGD the penalty alone multiplies a score by e^(-X) in an epoch, X = 2 * lam * steps * lr / (1 - momentum). Let
+    momentum alone carry the surviving scores on, and t be the largest but `keep` then. X = ln(2t) brings it to 0.5, so
+    that r(p) * q has `keep` ones, if the loss moves nothing; what it moves, the next epoch corrects. mine() asks for
+    d * s^(2j/E) in epoch j, and for d * s after half of the epochs.
     """
-    group, (p,) = opt.param_groups[0], opt.param_groups[0]["params"]
-    eta, mu, velocity = group["lr"], group["momentum"], opt.state[p].get("momentum_buffer", 0)
-    p = p.detach() - eta * mu / (1 - mu) * velocity
-    p, q = (t.cpu() if t.device.type == "mps" else t for t in (p, q))  # as in freeze
-    alive = p[q.bool()].sort(descending=True).values
+    group = opt.param_groups[0]
+    p, eta, mu = group["params"][0], group["lr"], group["momentum"]
+    drift = eta * mu / (1 - mu) * opt.state[p].get("momentum_buffer", 0)
+    alive = (p.detach() - drift).cpu()[q.cpu().bool()].sort(descending=True).values  # MPS has sorted wrongly
     t = float(alive[min(keep, len(alive) - 1)])
     return math.log(2 * max(t, 0.5)) * (1 - mu) / (2 * steps * eta) if steps * eta else 0.0
 
@@ -259,10 +259,10 @@ def check_sparsity(s, d):
 
 
 class Network(nn.Module):
-    """An untouched nn.Module as a function f(v, x) of ONE vector v in R^d that holds its prunable weights.
+    """An ordinary nn.Module as a function f(v, x) of ONE vector v in R^d that holds its prunable weights.
 
-    prune: (name, parameter) -> whether that is prunable; default: a Conv's or Linear's weight. requires_grad makes no
-    difference. A parameter that modules share counts once. Everything else (biases, BatchNorm) stays in the module.
+    prune: (name, parameter) -> whether that is prunable, even if it has requires_grad=False; default: a Conv's or
+    Linear's weight. A parameter that modules share counts once. All else (biases, BatchNorm) stays in the module.
     Attributes: d; names, shapes, sizes of the prunable tensors, in their order in the vector. Vectors are float32, or
     float64 if the model is. bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
@@ -274,7 +274,7 @@ class Network(nn.Module):
         self.model, self.bf16, self.compile = model, bf16, compile
         if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
             raise InputError("this model has lazy layers: run a batch through it first, so that they get their shapes")
-        every, found = {}, {}  # {name: parameter}, by each module that has it; {prunable parameter: its first name}
+        every, found = {}, {}  # {name: parameter} of each module that has it; {prunable parameter: its name}
         for home, layer in model.named_modules():
             hooks = [type(hook).__module__ for hook in layer._forward_pre_hooks.values()]
             if hasattr(layer, "parametrizations") or any(hook.startswith("torch.nn.utils.") for hook in hooks):
@@ -284,12 +284,13 @@ class Network(nn.Module):
                 name = f"{home}.{key}".lstrip(".")
                 every[name] = parameter
                 weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and key == "weight"
-                if prune(name, parameter) if prune else weight:
+                wanted = prune(name, parameter) if prune else weight
+                if wanted:
                     found.setdefault(parameter, name)
         if not found:
             raise InputError("there is nothing to prune: no weight of a Conv or Linear, or none that prune= takes")
         first = {parameter: name for name, parameter in reversed(every.items())} | found
-        self.places = {name: first[parameter] for name, parameter in every.items()}  # of a shared one: all its names
+        self.places = {name: first[parameter] for name, parameter in every.items()}  # {every name: that in f.names}
         self.names = list(found.values())
         self.shapes = [tuple(parameter.shape) for parameter in found]
         self.sizes = [parameter.numel() for parameter in found]
@@ -328,19 +329,19 @@ class Network(nn.Module):
             if self.world > 1:
                 v.register_hook(self.add_up)
             if not self.compile:
-                self.load(v)  # in backward(), a block under torch.utils.checkpoint runs again by the model's weights
+                self.load(v)  # torch.utils.checkpoint runs a block again in backward(), with the model's own weights
         return (self.in_training if self.training else self.call)(v, x, others)
 
     def call(self, v, x, others=None):
-        given = self.views(v) | (others or {})
-        given = {name: t.to(self.model.get_parameter(name).dtype) for name, t in given.items()}
-        given = {name: given[first] for name, first in self.places.items() if first in given}
+        values = self.views(v) | (others or {})
+        values = {name: t.to(self.model.get_parameter(name).dtype) for name, t in values.items()}
+        values = {name: values[first] for name, first in self.places.items() if first in values}
         if v.device.type == "mps":  # for the same reason as in views
             x = each(x, torch.Tensor.contiguous)
         several = isinstance(x, (tuple, list)) and not hasattr(x, "_fields")
         args, kw = ((), x) if isinstance(x, Mapping) else (tuple(x) if several else (x,), {})
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
-            out = functional_call(self.model, given, args, kw, tie_weights=False)
+            out = functional_call(self.model, values, args, kw, tie_weights=False)
         return out.float() if self.bf16 and torch.is_tensor(out) else out
 
     def batches(self, data, batch_size):
@@ -349,7 +350,7 @@ class Network(nn.Module):
             if self.world > 1 and self.training:
                 n = len(tensors(batch)[0])
                 if n < 2 * self.world:
-                    raise InputError(f"a batch of {n} is too small for {self.world} processes: each needs two images")
+                    raise InputError(f"a batch of {n} is too small for {self.world} processes: each needs two examples")
                 self.share = len(range(self.rank, n, self.world)) / n
                 batch = each(batch, lambda t: t[self.rank :: self.world])
             yield batch
@@ -405,7 +406,7 @@ class Network(nn.Module):
         self.eval()
         empty = [name for name, n in self.counts(m).items() if n == 0]
         if empty:
-            warnings.warn(f"no weight is left in {', '.join(empty)}: raise the sparsity or lower lambda", stacklevel=3)
+            warnings.warn(f"no weight is left in {', '.join(empty)}: keep more weights or lower lambda", stacklevel=3)
 
     def others(self):
         """{name: parameter} of all that can be trained outside the vector: biases, affine BatchNorm."""
@@ -487,10 +488,9 @@ class Stats:
         n = len(tensors((y, x))[0])
         self.n += n
         self.loss += at_least_float32(loss.detach()) * n
-        if torch.is_tensor(out) and torch.is_tensor(y) and out.dim() == 2 > y.dim() and out.shape[1] > 1:
-            self.correct += math.nan if y.is_floating_point() else (out.argmax(1) == y).sum()
-        else:  # not logits (B, classes) and class indices (B,): there is no accuracy
-            self.correct = math.nan
+        logits = torch.is_tensor(out) and out.dim() == 2 and out.shape[1] > 1
+        classes = torch.is_tensor(y) and y.dim() == 1 and not y.is_floating_point()
+        self.correct += (out.argmax(1) == y).sum() if logits and classes else math.nan  # nan: there is no accuracy
 
     def row(self, params):
         """The figures of the epoch; FloatingPointError if the loss or the parameters are not finite."""
@@ -580,7 +580,8 @@ def accuracy(model, data, v=None, batch_size=1000):
     None where that makes no sense: the output is not (B, classes), or y not class indices (B,).
     """
     f = Network.of(model).eval()
-    v, stats = f.vector() if v is None else v, Stats(0, 0, f)
+    v = f.vector() if v is None else v
+    stats = Stats(0, 0, f)
     for x, y in f.batches(data, batch_size):
         stats.add(v.new_zeros(()), f(v, x), x, y)
     return stats.row(v)["train_acc"]
@@ -685,7 +686,7 @@ def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, 
     if not w.shape == m.shape == (f.d,) or ((m != 0) & (m != 1)).any():
         raise InputError(f"w and m must be vectors of {f.d} numbers, and those of m 0 or 1")
     w = m * fit(
-        f, w, lambda w, j: w * m, train, phase="finetune", epochs=epochs, lr=lr, optimizer=optimizer,
+        f, w, lambda u, j: u * m, train, phase="finetune", epochs=epochs, lr=lr, optimizer=optimizer,
         schedule=schedule, others=f.others(), **kw,
     )  # fmt: skip
     f.load(w)
@@ -700,12 +701,12 @@ def shuffle(f, m, seed=0):
 
 
 def reinit(f, init=signed_constant, seed=0):
-    """Weight reinitialisation: a new draw (d,) from the distribution that w came from."""
+    """Weight reinitialisation: a new draw (d,) of the weights by `init`, which should be what drew w."""
     reseed(seed, "reinit")
     return init(f).to(f.device)
 
 
-# The third check, score inversion, is mine(..., invert=True); section 4 has it for scores whose largest are pruned.
+# The third check, score inversion, is mine(..., invert=True): freezing the largest scores instead of the smallest.
 
 # --- The paper's settings -----------------------------------------------------------------------------------
 
