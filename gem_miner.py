@@ -12,9 +12,9 @@ classifies well before any training, and that trains to high accuracy ("finetuni
     python gem_miner.py --model resnet20 --sparsity 0.0144 --resume --checks             # and its sanity checks
 
 Symbols, as in the paper (all vectors are in R^d, where d counts every Conv and Linear weight of the network):
-    w  weights, random and fixed          r(p)  rounding, 1[p >= 0.5]          E    epochs          eta  learning rate
-    p  scores in [0, 1], learned          q     1 = not frozen, 0 = frozen     T    freezing period lam  lambda
-    m  mask, r(p) * q                     s     sparsity: the fraction of weights KEPT (0.0144 keeps 1.44%)
+    w  weights, random and fixed       r(p)  rounding, 1[p >= 0.5]        E    epochs             eta  learning rate
+    p  scores in [0, 1], learned       q     1 = not frozen, 0 = frozen   T    freezing period    lam  lambda
+    m  mask, r(p) * q                  s     sparsity: the fraction of weights KEPT (0.0144 keeps 1.44%)
 
 Where this file departs from the paper's text ("# Deviation N:" at the place in question; README.md has the reasons):
     1. Freezing leaves exactly round(s * d) weights, also where T does not divide E; ties are broken at random.
@@ -27,7 +27,6 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
 """
 
 import argparse
-import atexit
 import ctypes
 import io
 import itertools
@@ -1372,7 +1371,6 @@ def hardware(args):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
     if args.bf16 is None:
         args.bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.benchmark = True
