@@ -1617,6 +1617,8 @@ def exit_code(prog, e):
         again = str(e) or "give the same command with --resume"
         print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
         return 130
+    if RANK and isinstance(e, InputError):
+        return 2  # the first process has said it
     reason = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:  # CUDA, CPU
         reason = "out of memory: try a smaller --batch-size or --image-size"

@@ -1344,7 +1344,7 @@ def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     "--sparsity 0.1", "--image-size 16", "--val", "--seed 2", "--period 2", "--batch-size 8", "--bf16",
-    "--optimizer adam", "--lr 0.5", "--lam 0.1", "--penalty l1", "--rounding random",
+    "--optimizer adam", "--lr 0.5", "--lam 0.1", "--lam auto", "--penalty l1", "--rounding random",
     "--finetune-mask m", "--finetune-epochs 1", "--finetune-lr 0.2", "--finetune-schedule cosine",
 ])  # fmt: skip
 def test_every_flag_changes_the_mining_or_the_finetuning_alone(flags, finished, pictures, tmp_path):
