@@ -1261,7 +1261,7 @@ def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
     g.add_argument("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     g.add_argument("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
     g.add_argument("--image-size", type=int, help="resize the images of folder:PATH to this many pixels square")
-    g.add_argument("--val", action="store_true", help="report on held-out training images, not on the test set")
+    g.add_argument("--val", action="store_true", help="report on PATH/val or held-out training images, not test images")
     g.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     g = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)")
     g.add_argument("--epochs", type=int, help="E, of the search and of the training after it")
