@@ -81,7 +81,7 @@ def mine(
     """Algorithm 1 of the paper: find the fraction `sparsity` of weights to KEEP, in an nn.Module or a Network.
 
     train      tensors or arrays (x, y), cut into shuffled batches, or what yields batches (x, y) each time it is
-               iterated. x: what the model takes; a tuple or list are its arguments, a dict its keyword arguments
+               iterated. x: what the model takes; a tuple or list holds its arguments, a dict its keyword arguments
     sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1)
     lr, lam    eta > 0 and lambda >= 0 ("auto": choose_lambda). norm: the penalty, l2 (default; squared) or l1
     optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (default:
@@ -189,8 +189,8 @@ def choose_lambda(opt, q, keep, steps):
     group = opt.param_groups[0]
     p, eta, mu = group["params"][0], group["lr"], group["momentum"]
     drift = eta * mu / (1 - mu) * opt.state[p].get("momentum_buffer", 0)
-    alive = (p.detach() - drift).cpu()[q.cpu().bool()].sort(descending=True).values  # MPS has sorted wrongly
-    t = float(alive[min(keep, len(alive) - 1)])
+    alive = (p.detach() - drift).cpu()[q.cpu().bool()]  # on the CPU for the same reason as in freeze
+    t = float(alive.kthvalue(max(1, len(alive) - keep)).values)
     return math.log(2 * max(t, 0.5)) * (1 - mu) / (2 * steps * eta) if steps * eta else 0.0
 
 
