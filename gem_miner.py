@@ -28,7 +28,6 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
 
 import argparse
 import ctypes
-import io
 import itertools
 import json
 import math
@@ -926,17 +925,12 @@ def caltech101(root):
 
 def folder(path, image_size=None, held_out=False):
     """Any pictures as path/train/CLASS/* and path/test/CLASS/* (or path/val), resized to image_size if given."""
-    found = {}
-    for part in ("train", "test", "val"):
-        if (path / part).is_dir():
-            found[part] = pictures(path / part)
+    found = {part: pictures(path / part) for part in ("train", "test", "val") if (path / part).is_dir()}
     classes = list(found.get("train", ()))
-    if not classes or len(found) < 2:
-        needs = "needs folders 'train' and 'test' (or 'val'), each with one folder of images per class"
+    held = [part for part in found if part != "train"]
+    if len(classes) < 2 or not held:
+        needs = "needs folders 'train' and 'test' (or 'val'), with a folder of images for each of two classes or more"
         raise InputError(f"{path} {needs}")
-    if len(classes) < 2:
-        raise InputError(f"{path / 'train'} has one class, {classes[0]!r}: there is nothing to tell apart")
-    held = [part for part in ("test", "val") if part in found]
     labelled = [part for part in held if list(found[part]) == classes]
     if not labelled:
         odd = sorted(set(classes) ^ set(found[held[0]]))
@@ -977,28 +971,22 @@ def samples(path, found):
     return [(file, y) for y, files in enumerate(found.values()) for file in files]
 
 
-UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: PIL's transposition
-
-
 def read_images(samples, size=None):
     """A Split of the image files in samples [(path, class index)], as RGB, resized to size x size if given."""
     from multiprocessing.pool import ThreadPool
 
-    from torchvision.datasets.folder import Image  # PIL's
+    from PIL import Image, ImageOps  # which torchvision brings
     from torchvision.transforms.functional import pil_to_tensor
 
     def read(path):
         try:
             with Image.open(path) as image:
                 deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-                image.load()  # turns a TIFF
-                turn = UPRIGHT.get(image.getexif().get(0x0112))
-                image = image.convert("RGB")
+                image = ImageOps.exif_transpose(image).convert("RGB")
         except Exception as e:  # PIL raises a dozen types on damaged files
             raise InputError(f"cannot read the image {path}: remove it or replace it ({e})") from e
         if deep:
             raise InputError(f"{path} has more than 8 bits a channel: convert it to 8-bit RGB first")
-        image = image if turn is None else image.transpose(turn)
         return pil_to_tensor(image.resize((size, size)) if size else image)
 
     with ThreadPool() as pool:  # decoding releases Python's lock
@@ -1074,20 +1062,18 @@ def write(path, content):
     """Text, or (by torch.save) anything else: afterwards the file is there whole, or as it was before."""
     if RANK:
         return
-    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
-        torch.save(content, buffer)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(buffer.getbuffer())
+        if isinstance(content, str):
+            part.write_text(content)
+        else:
+            torch.save(content, part)
         os.replace(part, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # RuntimeError: torch.save's
         if part.exists():
             part.unlink()
-        raise InputError(
-            f"cannot write {path} ({e.strerror}): make that possible, then run it again (--resume goes on)"
-        ) from e
+        raise InputError(f"cannot write {path} ({e}): make that possible, then go on with --resume") from e
 
 
 def read(path, device="cpu"):
@@ -1129,8 +1115,6 @@ class Run:
         self.out, self.settings, self.f, self.test = out, settings, f, test
         self.rows, self.left = [], 0  # left: epochs to come
         phases = phase_files(out)
-        if (out / "checkpoint.pt").exists():
-            raise InputError(f"{out} holds a run of an older version of this program: choose another --out")
         if resume and not phases:
             raise InputError(f"nothing to resume in {out}: run the same command without --resume")
         log = out / "log.jsonl"
@@ -1237,7 +1221,7 @@ def number_or_auto(text):
 
 
 def place(text):
-    return Path(os.path.expanduser(text))
+    return Path(text).expanduser()
 
 
 RANGES = {  # of the flags of both programs that are numbers: (least, most)
@@ -1403,9 +1387,6 @@ def prepare(args):
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = ShownBatches(train, stats, args.batch_size, train=True, pad=data.pad)
-    least = min(map(len, chunks(train.y, args.batch_size)))
-    if least < 2 * f.world > 2:
-        raise InputError(f"--batch-size: a batch of {least} is too small for {f.world} processes, two images for each")
     test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
     try:
         with torch.no_grad():
