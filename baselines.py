@@ -271,7 +271,7 @@ def at_init(
     device = "cpu" if how.dtype and ours.device.type == "mps" else ours.device  # MPS has no float64
     model = copy.deepcopy(ours.model).to(device, how.dtype)
     f = gm.Network(model, prune=lambda name, _: name in ours.names)
-    batches = partial(gm.minibatches, train, batch_size, f.device)
+    batches = partial(gm.minibatches, f, train, batch_size)
     v, m = w.to(f.device, f.dtype), torch.ones(f.d, dtype=torch.bool, device=f.device)
     gm.reseed(seed, "score")
     for k in range(1, how.rounds + 1):

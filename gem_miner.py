@@ -133,7 +133,7 @@ def mine(
         stats = begin_epoch(f, opt, schedule, eta, j, E, seed, "mine")
         if auto:
             lam = choose_lambda(opt, q, round(d * s ** min(1, 2 * j / E)), steps)
-        for x, y in f.batches(train, batch_size):                              # line 5
+        for x, y in minibatches(f, train, batch_size):                         # line 5
             w_eff = (w * q) * r(p)                                             # line 6
             out = f(w_eff, x)
             loss = criterion(out, y)
@@ -265,7 +265,7 @@ class Network(nn.Module):
     float64 if the model is. bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
-    rank, world, share = 0, 1, 1.0  # of several processes (join); share: how much of the present batch this one has
+    rank, world, share = 0, 1, 1.0  # of several processes: see join
 
     def __init__(self, model, prune=None, bf16=False, compile=False):
         super().__init__()
@@ -279,8 +279,9 @@ class Network(nn.Module):
                 raise InputError(f"a weight of layer {home!r} is computed from other parameters: {cure}")
         found = {}  # {prunable parameter: its name}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            layer = model.get_submodule(name.rpartition(".")[0])
-            weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and name.endswith("weight")
+            home, _, key = name.rpartition(".")
+            layer = model.get_submodule(home)
+            weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and key == "weight"
             if prune(name, parameter) if prune else weight:
                 found.setdefault(parameter, name)
         if not found:
@@ -321,7 +322,7 @@ class Network(nn.Module):
         """The model's output for a batch x (as for mine) under the weights v (d,), and others() if not its own."""
         if v.requires_grad and torch.is_grad_enabled():
             if self.world > 1:
-                v.register_hook(self.add_up)
+                v.register_hook(partial(add_up, self))
             if not self.compile:
                 self.load(v)  # torch.utils.checkpoint runs a block again in backward(), with the model's own weights
         return (self.in_training if self.training else self.call)(v, x, others)
@@ -336,39 +337,6 @@ class Network(nn.Module):
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
             out = functional_call(self.model, values, args, kw)
         return out.float() if self.bf16 and torch.is_tensor(out) else out
-
-    def batches(self, data, batch_size):
-        """minibatches() on this device; in training, of several processes each takes its share of every batch."""
-        for batch in minibatches(data, batch_size, self.device):
-            if self.world > 1 and self.training:
-                n = len(tensors(batch)[0])
-                if n < 2 * self.world:
-                    raise InputError(f"a batch of {n} is too small for {self.world} processes: each needs two examples")
-                self.share = len(range(self.rank, n, self.world)) / n
-                batch = each(batch, lambda t: t[self.rank :: self.world])
-            yield batch
-
-    def join(self):
-        """Train together with the other processes of torch.distributed, which all do the same from here on."""
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def add_up(self, grad):
-        """The gradient of the mean loss of the whole batch, from those of the means of its shares."""
-        grad = grad * self.share
-        dist.all_reduce(grad)
-        return grad
-
-    def meet(self, *sums):
-        """The sums over all processes; BatchNorm's running statistics become the mean over all."""
-        if self.world == 1:
-            return sums
-        for buffer in self.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
-        sums = torch.tensor([float(t) for t in sums], dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return sums.tolist()
 
     def views(self, v):
         """{name: v's part for that layer, in the shape of its weight}, without a copy."""
@@ -489,7 +457,7 @@ class Stats:
         """The figures of the epoch; FloatingPointError if the loss or the parameters are not finite."""
         if not self.n:
             raise InputError("the data gave no batch: pass what can be iterated anew for each epoch")
-        total, n, correct = self.f.meet(self.loss, self.n, self.correct)
+        total, n, correct = meet(self.f, self.loss, self.n, self.correct)
         loss = float(total / n)
         if not (math.isfinite(loss) and params.isfinite().all()):
             raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
@@ -501,71 +469,6 @@ def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def chunks(order, batch_size):
-    """order cut into batches. A last batch of one joins the one before: BatchNorm cannot train on it."""
-    parts = list(order.split(batch_size))
-    return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
-
-
-def each(nest, change):
-    """change(t) for every tensor t in nested tuples, lists and dicts; arrays become tensors, other things stay."""
-    if isinstance(nest, Mapping):
-        return {key: each(value, change) for key, value in nest.items()}
-    if isinstance(nest, (tuple, list)):
-        values = [each(value, change) for value in nest]
-        return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
-    if hasattr(nest, "__array__") and not torch.is_tensor(nest):
-        nest = torch.as_tensor(nest)
-        if nest.dtype in (torch.float64, torch.int32):  # numpy's defaults, where PyTorch has others
-            nest = nest.to(torch.get_default_dtype() if nest.is_floating_point() else torch.int64)
-    return change(nest) if torch.is_tensor(nest) else nest
-
-
-def tensors(nest):
-    """A list of the tensors in nested tuples, lists and dicts."""
-    found = []
-    each(nest, found.append)
-    return found
-
-
-def is_whole(data):
-    """Whether `data` is a whole set, a tuple (x, y) or a list of two tensors, rather than what yields batches of it."""
-    two = isinstance(data, (tuple, list)) and len(data) == 2
-    return two and (isinstance(data, tuple) or all(hasattr(t, "__array__") for t in data))
-
-
-def count_batches(data, batch_size):
-    """How many batches an epoch has; 0: not known before the first one is over."""
-    if is_whole(data):
-        return len(chunks(torch.arange(len(tensors(data)[0])), batch_size))
-    try:
-        return len(data)
-    except TypeError:
-        return 0
-
-
-def minibatches(data, batch_size, device):
-    """Batches (x, y) on the device: a whole set in a new random order, or whatever `data` yields when iterated."""
-    if is_whole(data):
-        whole = each(data, lambda t: t)
-        first, sizes = tensors(whole)[0], [len(t) if t.dim() else 0 for t in tensors(whole)]
-        if len(set(sizes)) > 1 or not (tensors(whole[1]) or whole[1] is None):
-            raise InputError(f"there are {sizes[0]} inputs, but {sizes[-1]} labels; both must be tensors or arrays")
-        order = torch.randperm(len(first)).to(first.device)
-        data = (each(whole, lambda t, i=i: t[i]) for i in chunks(order, batch_size))
-    elif isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
-        raise InputError("a Dataset yields single examples: wrap it in a torch.utils.data.DataLoader")
-    wanted = "`train` must be tensors (x, y), or yield batches (x, y) when it is iterated"
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise InputError(f"{wanted}: it is {type(data).__name__}")
-    for batch in data:
-        pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[1], (int, float, str))
-        if not pair or any(t.dim() == 0 for t in tensors(batch[1])):
-            raise InputError(wanted)
-        # Elsewhere a copy that nobody waits for is not safe (pytorch#189690).
-        yield each(batch, lambda t: t.to(device, non_blocking=torch.device(device).type == "cuda"))
-
-
 @torch.no_grad()
 def accuracy(model, data, v=None, batch_size=1000):
     """Percent of `data` (as for mine) that the model, left in eval mode, classifies correctly; weights v if given.
@@ -575,7 +478,7 @@ def accuracy(model, data, v=None, batch_size=1000):
     f = Network.of(model).eval()
     v = f.vector() if v is None else v
     stats = Stats(0, 0, f)
-    for x, y in f.batches(data, batch_size):
+    for x, y in minibatches(f, data, batch_size):
         stats.add(v.new_zeros(()), f(v, x), x, y)
     return stats.row(v)["train_acc"]
 
@@ -597,12 +500,12 @@ def reestimate(model, v, train, batches=50, batch_size=128, seed=0):
     reseed(seed, "reestimate")
     try:
         seen = 0
-        for x, _ in itertools.islice(f.batches(train, batch_size), batches):
+        for x, _ in itertools.islice(minibatches(f, train, batch_size), batches):
             f.call(v, x)
             seen += 1
         if not seen:
             raise InputError("the data gave no batch: pass what can be iterated anew")
-        f.meet()
+        meet(f)
     except BaseException:
         f.restore(before)
         raise
@@ -633,7 +536,7 @@ def fit(
     u = u.to(f.device, copy=True).requires_grad_()
     others = {name: at_least_float32(t.detach()).requires_grad_() for name, t in (others or {}).items()}
     for t in others.values() if f.world > 1 else ():
-        t.register_hook(f.add_up)
+        t.register_hook(partial(add_up, f))
     trained = [u, *others.values()]
     opt = optimizer(trained, lr)
     first, left = 1, steps  # left: steps to go; None: as many as there are
@@ -644,7 +547,7 @@ def fit(
         if left == 0:
             break
         stats = begin_epoch(f, opt, schedule, lr, j, epochs, seed, phase)
-        for x, y in itertools.islice(f.batches(train, batch_size), left):
+        for x, y in itertools.islice(minibatches(f, train, batch_size), left):
             out = f(effective(u, j), x, others)
             loss = criterion(out, y)
             opt.zero_grad()
@@ -700,6 +603,112 @@ def reinit(f, init=signed_constant, seed=0):
 
 
 # The third check, score inversion, is mine(..., invert=True): freezing the largest scores instead of the smallest.
+
+# --- Batches of every kind ----------------------------------------------------------------------------------
+
+
+def each(nest, change):
+    """change(t) for every tensor t in nested tuples, lists and dicts; arrays become tensors, other things stay."""
+    if isinstance(nest, Mapping):
+        return {key: each(value, change) for key, value in nest.items()}
+    if isinstance(nest, (tuple, list)):
+        values = [each(value, change) for value in nest]
+        return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
+    if hasattr(nest, "__array__") and not torch.is_tensor(nest):
+        nest = torch.as_tensor(nest)
+        if nest.dtype in (torch.float64, torch.int32):  # numpy's defaults, where PyTorch has others
+            nest = nest.to(torch.get_default_dtype() if nest.is_floating_point() else torch.int64)
+    return change(nest) if torch.is_tensor(nest) else nest
+
+
+def tensors(nest):
+    """A list of the tensors in nested tuples, lists and dicts."""
+    found = []
+    each(nest, found.append)
+    return found
+
+
+def is_whole(data):
+    """Whether `data` is a whole set, a tuple (x, y) or a list of two tensors, rather than what yields batches of it."""
+    two = isinstance(data, (tuple, list)) and len(data) == 2
+    return two and (isinstance(data, tuple) or all(hasattr(t, "__array__") for t in data))
+
+
+def count_batches(data, batch_size):
+    """How many batches an epoch has; 0: not known before the first one is over."""
+    if is_whole(data):
+        return len(chunks(torch.arange(len(tensors(data)[0])), batch_size))
+    try:
+        return len(data)
+    except TypeError:
+        return 0
+
+
+def chunks(order, batch_size):
+    """order cut into batches. A last batch of one joins the one before: BatchNorm cannot train on it."""
+    parts = list(order.split(batch_size))
+    return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
+
+
+def minibatches(f, data, batch_size):
+    """Batches (x, y) on f's device: a whole set in a new random order, or whatever `data` yields when iterated."""
+    if is_whole(data):
+        whole = each(data, lambda t: t)
+        first, sizes = tensors(whole)[0], [len(t) if t.dim() else 0 for t in tensors(whole)]
+        if len(set(sizes)) > 1 or not (tensors(whole[1]) or whole[1] is None):
+            raise InputError(f"there are {sizes[0]} inputs, but {sizes[-1]} labels; both must be tensors or arrays")
+        order = torch.randperm(len(first)).to(first.device)
+        data = (each(whole, lambda t, i=i: t[i]) for i in chunks(order, batch_size))
+    elif isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        raise InputError("a Dataset yields single examples: wrap it in a torch.utils.data.DataLoader")
+    wanted = "`train` must be tensors (x, y), or yield batches (x, y) when it is iterated"
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise InputError(f"{wanted}: it is {type(data).__name__}")
+    for batch in data:
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[1], (int, float, str))
+        if not pair or any(t.dim() == 0 for t in tensors(batch[1])):
+            raise InputError(wanted)
+        # Elsewhere a copy that nobody waits for is not safe (pytorch#189690).
+        batch = each(batch, lambda t: t.to(f.device, non_blocking=f.device.type == "cuda"))
+        yield own_part(f, batch) if f.world > 1 and f.training else batch
+
+
+# --- Several processes (torchrun) ---------------------------------------------------------------------------
+
+
+def join(f):
+    """Train f together with the other processes of torch.distributed, which all do the same from here on."""
+    f.rank, f.world = dist.get_rank(), dist.get_world_size()
+
+
+def own_part(f, batch):
+    """What this process takes of a batch; f.share: which fraction of it that is."""
+    n = len(tensors(batch)[0])
+    if n < 2 * f.world:
+        raise InputError(f"a batch of {n} is too small for {f.world} processes: each needs two examples")
+    f.share = len(range(f.rank, n, f.world)) / n
+    return each(batch, lambda t: t[f.rank :: f.world])
+
+
+def add_up(f, grad):
+    """The gradient of the mean loss of the whole batch, from those of the means of its parts."""
+    grad = grad * f.share
+    dist.all_reduce(grad)
+    return grad
+
+
+def meet(f, *sums):
+    """The sums over all processes; BatchNorm's running statistics become the mean over all."""
+    if f.world == 1:
+        return sums
+    for buffer in f.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= f.world
+    sums = torch.tensor([float(t) for t in sums], dtype=torch.float64, device=f.device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
 
 # --- The paper's settings -----------------------------------------------------------------------------------
 
@@ -1382,7 +1391,7 @@ def prepare(args):
         load_imagenet_weights(model)
     f = Network(model.to(args.device), bf16=args.bf16, compile=args.compile)
     if dist.is_initialized():
-        f.join()
+        join(f)
     check_sparsity(args.sparsity, f.d)
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
@@ -1434,7 +1443,7 @@ def run_command(args, find, epochs, text, draw, checks):
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
-    f.meet()  # no process goes on before all have seen what is in the folder
+    meet(f)  # no process goes on before all have seen what is in the folder
     begun = [check for check in checks if (args.out / f"{check}.pt").exists()]  # goes on
     checks = [check for check in checks if check in (args.checks or ()) or check in begun]
     run.left = cost(args, epochs, checks)

@@ -918,7 +918,7 @@ def test_no_batch_of_one_reaches_batchnorm():
     batches = gm.Batches(split, ([0.0] * 3, [1.0] * 3), 4, train=True)
     assert [len(y) for _, y in batches] == [4, 5]
     assert len(batches) == 2
-    assert [len(y) for _, y in gm.minibatches((split.x, split.y), 8, "cpu")] == [9]
+    assert [len(y) for _, y in gm.minibatches(gm.Network(tiny()), (split.x, split.y), 8)] == [9]
 
 
 def test_pixel_stats():
@@ -2452,7 +2452,7 @@ def result(join):
     x, y, states = torch.randn(22, 4), torch.arange(22) % 3, []
     f = gm.Network(torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)))
     if join:
-        f.join()
+        gm.join(f)
     how = {"sparsity": 0.3, "epochs": 4, "batch_size": 8, "lr": 1.0}  # batches of 8, 8 and 6
     gem = gm.mine(f, (x, y), **how, on_epoch=lambda row, v, state: states.append((row, copy.deepcopy(state))))
     again = gm.mine(f, (x, y), **how, state=states[1][1])
@@ -2477,12 +2477,12 @@ for world in (2, 3):
         same_everywhere(together)
         x, f = torch.randn(6, 4), gm.Network(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)))
         dist.broadcast(x, 0)
-        f.join()
+        gm.join(f)
         gm.reestimate(f, f.vector(), (x, torch.zeros(6)))  # the shares are equal, so the mean of means is the mean
         assert torch.allclose(f.model[0].running_mean, x.mean(0), atol=1e-6)
         try:
             f = gm.Network(torch.nn.Linear(4, 3))
-            f.join()
+            gm.join(f)
             gm.mine(f, (torch.randn(3, 4), torch.arange(3) % 3), sparsity=0.5, epochs=1)
             raise SystemExit("accepted a batch that is too small")
         except gm.InputError as e:
