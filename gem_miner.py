@@ -43,6 +43,7 @@ import warnings
 import zipfile
 from collections import namedtuple
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -984,14 +985,18 @@ def read_images(samples, size=None):
     """A Split of the image files in samples [(path, class index)], as RGB, resized to size x size if given."""
     from multiprocessing.pool import ThreadPool
 
-    from PIL import Image, ImageOps  # which torchvision brings
+    from torchvision.datasets.folder import Image  # PIL's
     from torchvision.transforms.functional import pil_to_tensor
+
+    upright = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: PIL's transposition
 
     def read(path):
         try:
             with Image.open(path) as image:
                 deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-                image = ImageOps.exif_transpose(image).convert("RGB")
+                image.load()  # turns a TIFF
+                turn = upright.get(image.getexif().get(0x0112))
+                image = (image if turn is None else image.transpose(turn)).convert("RGB")
         except Exception as e:  # PIL raises a dozen types on damaged files
             raise InputError(f"cannot read the image {path}: remove it or replace it ({e})") from e
         if deep:
@@ -1177,12 +1182,12 @@ class Run:
 
     def show(self, row):
         self.left -= 1
-        left, d = int(max(0, self.left) * row["seconds"]), self.f.d
+        left, d = timedelta(seconds=int(max(0, self.left) * row["seconds"])), self.f.d
         train_acc, test_acc = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("train_acc", "test_acc"))
         print(
             f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f} {train_acc:>8}"
             f" {test_acc:>7} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f} {row['seconds']:>8.1f}"
-            f" {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}",
+            f" {left!s:>9}",
             flush=True,
         )
 
