@@ -19,8 +19,6 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
     prospr     |dL/dm| through a few steps of training                            1 batch    Alizadeh et al. 2022
     magnitude  |w| as drawn;   random  uniformly random;   dense  everything      none       controls
 
-Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --finetune-epochs 150.
-
 As a library: METHOD(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is at_init(...,
 score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
 train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is the criterion of imp and edge_popup
@@ -495,10 +493,9 @@ def complete(argv):
     args = gm.arguments(parser(), argv)
     if args.method == "dense":
         args.sparsity = 1.0
-    signed = args.method == "ep"  # edge-popup's constants
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
-        args.finetune_lr = 0.01 if signed and args.model != "resnet20" else 0.1
-    if args.finetune_schedule is None and signed and args.model == "resnet20":
+        args.finetune_lr = 0.01 if args.method == "ep" and args.model != "resnet20" else 0.1
+    if args.finetune_schedule is None and args.method == "ep" and args.model == "resnet20":
         args.finetune_schedule = "cosine"
     gm.complete(args)
     if "round_epochs" in args:
@@ -690,7 +687,7 @@ class Experiment(NamedTuple):
     checks: str = "--checks"  # how
     own: dict = {}  # label: its own sparsity
     curves: tuple = ()  # keys of CURVES, to draw
-    authors: dict = {}  # (label, model, sparsity): how many weights the authors' own keeps of each layer
+    authors: dict = {}  # (model, sparsity): {label: how many weights of each layer the authors' own keeps}
 
 
 RESNET20, MOBILENET, VGG = (("resnet20", "cifar10"),), (("mobilenetv2", "cifar10"),), (("vgg16", "cifar10"),)
@@ -779,12 +776,15 @@ EXPERIMENTS = {
     "fig7": Experiment(
         "Fig. 7: what is kept of each layer", RESNET20, (0.5, 0.0373, 0.0144, 0.0059), ("kept %",),
         {"Gem-Miner": {}, "IMP (warm)": {}, "SR": {}, "EP": {}}, curves=(LAYERS,), authors={
-            ("Gem-Miner", "resnet20", 0.0144): (
-                149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
-            ("IMP (warm)", "resnet20", 0.0144): (
-                194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
-            ("Gem-Miner", "resnet20", 0.0059): (
-                111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
+            ("resnet20", 0.0144): {
+                "Gem-Miner": (
+                    149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
+                "IMP (warm)": (
+                    194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
+            },
+            ("resnet20", 0.0059): {
+                "Gem-Miner": (111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
+            },
         }),
     "fig8": Experiment(
         "Fig. 8: further networks: accuracy before and after finetuning, and Gem-Miner's sanity checks",
@@ -967,28 +967,27 @@ def markdown(head, rows):
 
 def charts(experiment, results):
     """(title, values of x, {label: those of y}) of all that can be drawn; y: means over the seeds."""
-    columns = [c for c in experiment.columns if c in ("before", "after")]
-    for network in dict.fromkeys(network for _, network, _ in results):
-        sparsities = list(dict.fromkeys(s for _, other, s in results if other == network))
-        if columns and len(sparsities) > 1:
+    measure = [c for c in experiment.columns if c in ("before", "after")][-1:]
+    places = list(dict.fromkeys((network, s) for _, network, s in results))
+    for network in dict.fromkeys(network for network, _ in places):
+        sparsities = [s for other, s in places if other == network]
+        if measure and len(sparsities) > 1:
             lines = {}
             for label in experiment.rows:
-                accs = [[COLUMNS[columns[-1]](r) for r in results.get((label, network, s), ())] for s in sparsities]
+                accs = [[COLUMNS[measure[0]](r) for r in results.get((label, network, s), ())] for s in sparsities]
                 if all(of_seeds and None not in of_seeds for of_seeds in accs):
-                    lines[label] = [statistics.mean(of_seeds) for of_seeds in accs]
-            yield f"{network}: accuracy {columns[-1]} finetuning (%)", [f"{100 * s:g}%" for s in sparsities], lines
-    places = dict.fromkeys((network, s) for _, network, s in results)
+                    lines[label] = list(map(statistics.mean, accs))
+            yield f"{network}: accuracy {measure[0]} finetuning (%)", [f"{100 * s:g}%" for s in sparsities], lines
     for (network, s), title in itertools.product(places, experiment.curves):
-        found = {label: results[label, network, s] for label in experiment.rows if (label, network, s) in results}
+        found = {label: of_seeds for (label, *place), of_seeds in results.items() if place == [network, s]}
         lines = {label: list(map(statistics.mean, zip(*map(CURVES[title], found[label])))) for label in found}
         xs = range(1, 1 + max(map(len, lines.values())))
         if title == LAYERS:
             first = next(iter(found.values()))[0]
             xs = [layer["name"] for layer in first["layers"]]
-            for label in found:
-                theirs = zip(experiment.authors.get((label, network, s), ()), first["layers"])
-                if first["dataset"] == "cifar10":
-                    lines[f"{label} (authors)"] = [100 * n / layer["total"] for n, layer in theirs]
+            theirs = experiment.authors.get((network, s), {}) if first["dataset"] == "cifar10" else {}
+            for label, counts in theirs.items():
+                lines[f"{label} (authors)"] = [100 * n / layer["total"] for n, layer in zip(counts, first["layers"])]
         yield f"{network} {100 * s:g}%: {title}" if s else f"{network}: {title}", xs, lines
 
 
