@@ -19,8 +19,6 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
     prospr     |dL/dm| through a few steps of training                            1 batch    Alizadeh et al. 2022
     magnitude  |w| as drawn;   random  uniformly random;   dense  everything      none       controls
 
-Long Gem-Miner (Table 4) is  python gem_miner.py --epochs 3000 --period 150 --finetune-epochs 150.
-
 As a library: METHOD(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is at_init(...,
 score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
 train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is the criterion of imp and edge_popup
@@ -256,9 +254,7 @@ SCORES = {
 }
 
 
-def at_init(
-    model, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, batch_size=128, seed=0
-):  # fmt: skip
+def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, batch_size=128, seed=0):
     """Keep the weights with the largest scores (invert: the smallest); score is a key of SCORES.
 
     Scores are computed on a copy of the network, so that BatchNorm's statistics stay as they are.
@@ -443,72 +439,50 @@ def hold_out(train):
 
 # --- The command line of a method ---------------------------------------------------------------------------
 
-METHODS = {
-    "dense": "train all weights",
-    "imp": "iterative magnitude pruning",
-    "snip": "|w * dL/dw|, one batch",
-    "grasp": "w * (Hessian * gradient), 10 images a class",
-    "synflow": "|w| * dR/d|w|, 100 rounds, no data",
-    "ep": "edge-popup: learned scores",
-    "sr": "smart ratio: random, with given densities of the layers",
-    "lrr": "learning-rate rewinding: IMP that keeps the trained weights",
-    "prospr": "|dL/dm| through 3 steps of training",
-    "magnitude": "|w| at initialisation",
-    "random": "uniformly at random",
-}
-
 
 def parser():
     import models
 
-    cli = gm.Parser(prog="baselines.py", description="What Rare Gems compares Gem-Miner with.")
+    raw = argparse.RawDescriptionHelpFormatter
+    cli = gm.Parser(prog="baselines.py", description=__doc__, formatter_class=raw)
     methods = cli.add_subparsers(dest="method", metavar="METHOD", required=True)
-    subs = {}
-    for name, about in METHODS.items():
-        subs[name] = methods.add_parser(name, help=about, description=about)
-        rate, schedule = "0.1; Caltech-101: Table 15's", "multistep"
-        if name == "ep":
-            rate, schedule = "0.1 on ResNet-20, else 0.01", "cosine on ResNet-20, else multistep"
-        gm.flags_of_all_methods(subs[name], rate, schedule)
+    subs, rate = {}, "0.1; ep but on ResNet-20: 0.01; Caltech-101: Table 15's"
+    for name in ("imp", "lrr", "ep", "sr", *SCORES):
+        subs[name] = methods.add_parser(name)
+        gm.flags_of_all_methods(subs[name], rate, "multistep; ep on ResNet-20: cosine")
         subs[name].set_defaults(finetune_mask="q")
-    g = subs["imp"].add_argument_group("pruning")
-    g.add_argument("--rewind", type=int, default=0, help="to this iteration; 0, cold, is the default")
     for name in ("imp", "lrr", "sr"):
-        about = "of a round, or of a trial of sr (default: as --finetune-epochs)"
-        subs[name].add_argument("--round-epochs", type=int, help=about)
+        subs[name].add_argument("--round-epochs", type=int, help="of a round or trial (default: --finetune-epochs)")
+    subs["imp"].add_argument("--rewind", type=int, default=0, help="to this step; 0, cold, is the default")
     g = subs["ep"].add_argument_group("variants of Table 3")
     g.add_argument("--global", action="store_true", help="the top scores of the whole network, not of each layer")
     g.add_argument("--gradual", action="store_true", help="--global, with fewer from period to period")
     g.add_argument("--regularize", action="store_true", help="--gradual, with an L2 penalty on the scores")
     g.add_argument("--period", type=int, help="T of --gradual (default: Gem-Miner's)")
-    subs["ep"].add_argument("--lr", type=float, default=0.1, help="learning rate of the scores (default: 0.1)")
+    g.add_argument("--lr", type=float, default=0.1, help="learning rate of the scores (default: 0.1)")
     g = subs["sr"].add_argument_group("variants of Table 16")
     g.add_argument("--version", type=int, choices=range(1, 7), default=1, help="SR-v1 to SR-v6 (default: 1)")
-    about = "folder of the run that the densities come from: a gem's for 2 and 5, IMP's for 4, SR-v4's for 6"
-    g.add_argument("--from", metavar="RUN", help=about)
+    g.add_argument("--from", metavar="RUN", help="the folder of a gem's run for 2 and 5, IMP's for 4, SR-v4's for 6")
     g.add_argument("--trials", type=int, default=144, help="how many of SR-v4's 144 densities (default: all)")
     g.add_argument("--lr", type=float, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
-    about = "a table or figure of the paper"
+
     names = "\n".join(f"  {name:<8} {experiment.about}" for name, experiment in EXPERIMENTS.items())
-    shape = argparse.RawDescriptionHelpFormatter
-    paper = methods.add_parser("paper", help=about, description=ABOUT, epilog=f"NAME:\n{names}", formatter_class=shape)
-    paper.add_argument("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
-    paper.add_argument("--epochs", type=int, help="instead of the paper's; all else scales with it")
-    paper.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
-    about = "instead of the paper's; may be repeated, as --sparsity"
-    paper.add_argument("--model", action="append", choices=models.MODELS, help=about)
-    paper.add_argument("--dataset", help="instead of the paper's")
-    paper.add_argument("--sparsity", action="append", type=gm.fraction, help="fraction of weights KEPT")
-    paper.add_argument("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
-    paper.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
-    about = "folder of the runs (default: runs/paper)"
-    paper.add_argument("--out", type=gm.place, default=Path("runs/paper"), help=about)
-    about = "what a step of training costs here: dense, mining, finetuning"
-    speed = methods.add_parser("bench", help=about, description=about)
-    speed.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
-    speed.add_argument("--batch-size", type=int, help="(default: the paper's)")
-    speed.add_argument("--rounds", type=int, default=11, help="how often each is measured (default: 11)")
-    gm.flags_of_hardware(speed)
+    g = methods.add_parser("paper", description=paper.__doc__, epilog=f"NAME:\n{names}", formatter_class=raw)
+    g.add_argument("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
+    g.add_argument("--epochs", type=int, help="instead of the paper's; all else scales with it")
+    g.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
+    g.add_argument("--model", action="append", choices=models.MODELS, help="likewise; may be repeated, as --sparsity")
+    g.add_argument("--dataset", help="likewise")
+    g.add_argument("--sparsity", action="append", type=gm.fraction, help="likewise: fraction of weights KEPT")
+    g.add_argument("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
+    g.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
+    g.add_argument("--out", type=gm.place, default=Path("runs/paper"), help="of all runs (default: runs/paper)")
+
+    g = methods.add_parser("bench", description=bench.__doc__)
+    g.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
+    g.add_argument("--batch-size", type=int, help="(default: the paper's)")
+    g.add_argument("--rounds", type=int, default=11, help="how often each is measured (default: 11)")
+    gm.flags_of_hardware(g)
     return cli
 
 
@@ -526,26 +500,28 @@ def complete(argv):
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
-    if "trials" in args:
+    if args.method == "sr":
         args.trials = min(args.trials, 144)
-    if args.method == "sr" and args.version in SOURCES and getattr(args, "from") is None:
-        needs = f"needs the densities of {SOURCES[args.version]}"
-        raise gm.InputError(f"sr --version {args.version} {needs}: give the folder of such a run as --from")
-    if args.checks and not plan(args)["checks"]:
+        if args.version in SOURCES and getattr(args, "from") is None:
+            needs = f"needs the densities of {SOURCES[args.version]}"
+            raise gm.InputError(f"sr --version {args.version} {needs}: give the folder of such a run as --from")
+    possible = plan(args)["checks"]
+    if args.checks and not possible:
         raise gm.InputError(f"{args.method} finds no ticket at initialisation to check: leave --checks out")
+    args.checks = [check for check in possible if check in (args.checks or ())]
     return args
 
 
 def plan(args):
     """A method, as the arguments of gem_miner.run_command."""
-    name, s, text = args.method, args.sparsity, METHODS.get(args.method)
+    name, s, epochs = args.method, args.sparsity, args.epochs
     if name == "gem-miner":
         return gm.plan(args)
     training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
-    epochs, init, checks = args.epochs, gm.kaiming_normal, ("shuffle", "reinit", "invert")
+    init, checks = gm.kaiming_normal, ("shuffle", "reinit", "invert")
     if name in SCORES:
         epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
-        checks = {"dense": (), "random": checks[:2]}.get(name, checks)
+        text, checks = "scores at initialisation", {"dense": (), "random": checks[:2]}.get(name, checks)
 
         def find(run, phase, f, train, **kw):
             return run.once(phase, at_init, f, train, score=name, sparsity=s, **kw)
@@ -553,7 +529,7 @@ def plan(args):
     elif name in ("imp", "lrr"):
         rounds, rewind = imp_rounds(s), args.rewind if name == "imp" else None
         epochs, checks = rounds * args.round_epochs, checks[:2] if name == "imp" else ()
-        text += f": {rounds} rounds of {args.round_epochs} epochs"
+        text = f"{rounds} rounds of {args.round_epochs} epochs"
 
         def find(run, phase, f, train, **kw):
             return imp(f, train, sparsity=s, epochs=epochs, rewind=rewind, phase=run.phase, **training, **kw)
@@ -562,7 +538,7 @@ def plan(args):
         gradual = args.gradual or args.regularize
         whole, init = gradual or getattr(args, "global"), gm.signed_constant
         variant = {"whole": whole, "period": args.period if gradual else None, "regularize": args.regularize}
-        text += f", {epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
+        text = f"{epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
         text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
 
         def find(run, phase, f, train, **kw):
@@ -570,7 +546,7 @@ def plan(args):
 
     else:
         epochs = {4: args.trials * args.round_epochs, 5: epochs, 6: epochs}.get(args.version, 0)
-        text, checks = f"{text}, version {args.version}", checks[:2]
+        text, checks = f"smart ratio, version {args.version}", checks[:2]
 
         def find(run, phase, f, train, init, seed):
             p = densities(args, f)
@@ -593,35 +569,25 @@ def densities(args, f):
     1: smart_ratio. 2: the same, but first and last layer as in a gem. 3: but first and last layer dense.
     4: those of IMP, then smart_ratio_search. 5 and 6: those of 2 and 4, then tuned by equation (1).
     """
+    first, last = 1.0, 1.0
     if args.version in SOURCES:
-        found = densities_of(gm.place(getattr(args, "from")) / "gem.pt", f, args.sparsity)
-    if args.version in (4, 6):
-        return found
+        path = gm.place(getattr(args, "from")) / "gem.pt"
+        if not path.is_file():
+            raise gm.InputError(f"there is no {path}, which a finished search leaves: choose another --from")
+        found = gm.read(path)
+        masks = found.get("mask", {})
+        if {name: tuple(m.shape) for name, m in masks.items()} != dict(zip(f.names, f.shapes)):
+            raise gm.InputError(f"{path} is not a gem of this network: choose another --from")
+        gm.same_settings({"sparsity": args.sparsity}, found["settings"], path)
+        theirs = [m.count_nonzero().item() / m.numel() for m in masks.values()]
+        if args.version in (4, 6):
+            return theirs
+        first, last = theirs[0], theirs[-1]
     p = smart_ratio(f.sizes, args.sparsity, args.model.startswith("vgg"))
-    if args.version == 3:
-        p[0] = p[-1] = 1.0
-    elif args.version in (2, 5):
-        p[0], p[-1] = found[0], found[-1]
-    return p
-
-
-def densities_of(path, f, s):
-    """The fraction that the gem in a file, which is of sparsity s, keeps of each layer of f."""
-    if not path.is_file():
-        raise gm.InputError(f"there is no {path}, which a run writes when its search is done: choose another --from")
-    found = gm.read(path)
-    masks = found.get("mask", {})
-    if {name: tuple(m.shape) for name, m in masks.items()} != dict(zip(f.names, f.shapes)):
-        raise gm.InputError(f"{path} is not a gem of this network: choose another --from")
-    gm.same_settings({"sparsity": s}, found["settings"], path)
-    return [m.count_nonzero().item() / m.numel() for m in masks.values()]
+    return p if args.version == 1 else [first, *p[1:-1], last]
 
 
 # --- The paper's tables and figures -------------------------------------------------------------------------
-
-ABOUT = """Run what a table or figure of the paper needs, one run after the other, and print it in Markdown, the paper's
-own figures beside ours. Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go
-to every run."""
 
 
 def commands(model, E, scale, folder):
@@ -701,10 +667,12 @@ COLUMNS = {  # from a result.json
     "reinitialised": lambda r: r["checks"]["reinit"]["post_finetune_acc"],
     "inverted": lambda r: r["checks"]["invert"]["post_finetune_acc"],
 }
-CURVES = {  # title: what to read of each row of the log
+LAYERS = "kept of each layer (%)"
+CURVES = {  # title: from a result.json and its log
     "r(p)q (%)": lambda r: [100 * row["m"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
     "upper bound q (%)": lambda r: [100 * row["q"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
     "accuracy (%)": lambda r: [row["test_acc"] for row in r["log"] if row["phase"] in ("mine", "finetune")],
+    LAYERS: lambda r: [100 * layer["kept"] / layer["total"] for layer in r["layers"]],
 }
 
 
@@ -718,14 +686,17 @@ class Experiment(NamedTuple):
     checked: tuple = ()  # labels of the runs that take the sanity checks
     checks: str = "--checks"  # how
     own: dict = {}  # label: its own sparsity
-    curves: tuple = ()  # keys of CURVES, to give by epoch
-    layers: dict | None = None  # to give by layer; (label, model, sparsity): what the authors' own keeps of each
+    curves: tuple = ()  # keys of CURVES, to draw
+    authors: dict = {}  # (model, sparsity): {label: how many weights of each layer the authors' own keeps}
 
 
 RESNET20, MOBILENET, VGG = (("resnet20", "cifar10"),), (("mobilenetv2", "cifar10"),), (("vgg16", "cifar10"),)
 CIFAR = (*RESNET20, *MOBILENET, *VGG, ("wrn28_2", "cifar10"))
 CHECKED = ("shuffled", "reinitialised", "inverted")
-COMPARED = {"Gem-Miner": {}, "IMP (warm)": {}, "Renda et al.": {}, "EP": {}, "SR": {}, "Dense": {}}
+COMPARED = {
+    "Gem-Miner": {"after": 77.89}, "IMP (warm)": {"after": 74.52}, "Renda et al.": {"after": 80.21}, "EP": {},
+    "SR": {"after": 65.61}, "Dense": {},
+}  # fmt: skip
 EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: what each method takes to find 1.4% of ResNet-20", RESNET20, (0.0144,),
@@ -790,13 +761,7 @@ EXPERIMENTS = {
                 "EP": 0.0144}, curves=("r(p)q (%)", "upper bound q (%)")),
     "fig3": Experiment(
         "Fig. 3 (and Fig. 1, a point of it): accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (),
-        ("kept %", "after", *CHECKED), {
-            **COMPARED,
-            "Gem-Miner": {"after": 77.89},
-            "IMP (warm)": {"after": 74.52},
-            "Renda et al.": {"after": 80.21},
-            "SR": {"after": 65.61},
-        }, at=("resnet20", 0.0144), checked=("Gem-Miner",)),
+        ("kept %", "after", *CHECKED), COMPARED, at=("resnet20", 0.0144), checked=("Gem-Miner",)),
     "fig4": Experiment(
         "Fig. 4: other data sets: accuracy before and after finetuning, and Gem-Miner's sanity checks",
         (("resnet32x2", "cifar100"), ("resnet18", "tinyimagenet"), ("resnet50", "tinyimagenet"),
@@ -810,13 +775,16 @@ EXPERIMENTS = {
         {"Gem-Miner": {"before": 84.62}, "IMP (warm)": {}, "EP": {}, "SR": {}}, at=("mobilenetv2", 0.0144)),
     "fig7": Experiment(
         "Fig. 7: what is kept of each layer", RESNET20, (0.5, 0.0373, 0.0144, 0.0059), ("kept %",),
-        {"Gem-Miner": {}, "IMP (warm)": {}, "SR": {}, "EP": {}}, layers={
-            ("Gem-Miner", "resnet20", 0.0144): (
-                149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
-            ("IMP (warm)", "resnet20", 0.0144): (
-                194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
-            ("Gem-Miner", "resnet20", 0.0059): (
-                111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
+        {"Gem-Miner": {}, "IMP (warm)": {}, "SR": {}, "EP": {}}, curves=(LAYERS,), authors={
+            ("resnet20", 0.0144): {
+                "Gem-Miner": (
+                    149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
+                "IMP (warm)": (
+                    194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
+            },
+            ("resnet20", 0.0059): {
+                "Gem-Miner": (111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
+            },
         }),
     "fig8": Experiment(
         "Fig. 8: further networks: accuracy before and after finetuning, and Gem-Miner's sanity checks",
@@ -839,8 +807,8 @@ EXPERIMENTS["fig1"] = EXPERIMENTS["fig3"]
 
 
 def runs_of(experiment, args, more):
-    """{(label, network, sparsity, seed): argv} of all runs of an Experiment, in order; and what to say of them."""
-    runs, notes = {}, []
+    """[(label, network, sparsity, seed, arguments)] of the runs of an Experiment, in order."""
+    runs = []
     networks = [pair for pair in experiment.networks if not args.model or pair[0] in args.model]
     networks = networks or [(model, experiment.networks[0][1]) for model in args.model]
     if args.dataset:
@@ -849,9 +817,6 @@ def runs_of(experiment, args, more):
         rows = gm.paper_rows(model, "cifar10" if dataset == "shapes" else dataset)
         E = args.epochs or gm.paper_setting(model, dataset, 1).epochs
         network = model if len({d for _, d in networks}) == 1 else f"{model} on {dataset}"
-        if rows[0][:2] != (model, dataset):
-            theirs = " on ".join(rows[0][:2])
-            notes.append(f"The paper has no settings for {model} on {dataset}, so those of {theirs} are taken.")
         listed = experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
         for s, seed, label in itertools.product(args.sparsity or listed, range(args.seeds), experiment.rows):
             kept = 1.0 if label == "Dense" else s or experiment.own[label]
@@ -865,8 +830,8 @@ def runs_of(experiment, args, more):
             argv += [] if "--epochs" in argv else ["--epochs", str(E)]
             argv += ["--model", model, "--dataset", dataset, "--sparsity", str(kept), "--seed", str(seed)]
             argv += experiment.checks.split() * (label in experiment.checked) + more
-            runs[label, network, s, seed] = [*argv, "--out", *shlex.split(folder(label))]
-    return runs, notes
+            runs.append((label, network, s, seed, complete([*argv, "--out", *shlex.split(folder(label))])))
+    return runs
 
 
 def result_of(run):
@@ -874,78 +839,75 @@ def result_of(run):
     path = run.out / "result.json"
     try:
         result = json.loads(path.read_text())
-        log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+        result["log"] = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):  # not there, or damaged: a run writes it anew
         return None
     gm.same_settings(gm.settings(run), result, path)
-    return {**result, "log": log}
-
-
-def wanted(run):
-    """The checks that a run is to take."""
-    return [check for check in plan(run)["checks"] if check in (run.checks or ())]
+    return result
 
 
 def is_complete(run):
     result = result_of(run)
-    return bool(result) and set(wanted(run)) <= set(result.get("checks", ()))
+    return bool(result) and set(run.checks or ()) <= set(result.get("checks", ()))
 
 
 def paper(args, more):
-    """Run an experiment, and print it in Markdown."""
+    """Run what a table or figure of the paper needs, and print it in Markdown, the paper's own figures beside ours.
+
+    Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go to every run.
+    """
     experiment = EXPERIMENTS[args.experiment]
     more = [a for a in more if a != "--resume"]  # it always does
-    if any(a.split("=")[0] == "--seed" for a in more) or (more and not more[0].startswith("--")):
+    flags = {a.split("=")[0] for a in more}
+    if "--seed" in flags:
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
-    if "accuracy (%)" in experiment.curves and any(a.split("=")[0] == "--eval-every" for a in more):
+    if "--eval-every" in flags and "accuracy (%)" in experiment.curves:
         raise gm.InputError(f"{args.experiment} draws the accuracy of every epoch: leave --eval-every out")
-    runs, notes = runs_of(experiment, args, more)
-    runs = {key: complete(argv) for key, argv in runs.items()}
+    runs = runs_of(experiment, args, more)
     if args.dry_run:
-        dry_run(runs)
+        dry_run(run for *_, run in runs)
         return
-    if not args.so_far:
-        with contextlib.redirect_stdout(sys.stderr):  # so that stdout can go to a file
-            run_all(runs)
-    results = {key[:3]: [] for key in runs}  # those of all seeds
-    for (*point, seed), run in runs.items():
-        result = result_of(run)
-        if result:
-            random = result_of(runs["Random", *point[1:], seed]) if "Random" in experiment.rows else None
+    results = {}  # {(label, network, sparsity): {seed: its result}}
+    for label, network, s, seed, run in runs:
+        if not args.so_far and not is_complete(run):
+            make(run)
+        found = results.setdefault((label, network, s), {})
+        if result := result_of(run):
+            found[seed] = result
+    for (_, network, s), found in results.items():
+        for seed, result in found.items():
+            random = results.get(("Random", network, s), {}).get(seed)
             result["random_acc"] = random and random["post_finetune_acc"]
-            results[tuple(point)].append(result)
     if not any(results.values()):
         raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
-    show(experiment, args, results, notes)
+    show(experiment, args, {point: list(found.values()) for point, found in results.items()})
 
 
-def run_all(runs):
-    """Make the runs that are not complete, one after the other."""
-    for run in runs.values():
-        if is_complete(run):
-            continue
-        run.resume = bool(gm.phase_files(run.out))
-        try:
+def make(run):
+    """Make a run, or what is left of it. It prints to stderr, so that the table can go to a file."""
+    run.resume = bool(gm.phase_files(run.out))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
             gm.run_command(run, **plan(run))
-        except (gm.InputError, FloatingPointError) as e:
-            raise gm.InputError(f"{run.command}: {e}") from e
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("give the same command again") from None
+    except (gm.InputError, FloatingPointError) as e:
+        raise gm.InputError(f"{run.command}: {e}") from e
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("give the same command again") from None
 
 
 def dry_run(runs):
     """Print the commands, those of complete runs as comments, and what they cost."""
     costs = []
-    for run in {run.command: run for run in runs.values()}.values():
-        costs.append(gm.cost(run, plan(run)["epochs"], wanted(run)))
+    for run in {run.command: run for run in runs}.values():
+        costs.append(gm.cost(run, plan(run)["epochs"], run.checks or ()))
         done = "# complete: " if is_complete(run) else ""
         resume = " --resume" if gm.phase_files(run.out) else ""
         print(f"{done}{run.command}{resume}  # {costs[-1]:,} epochs")
     print(f"# {len(costs)} runs, {sum(costs):,} epochs")
 
 
-def show(experiment, args, results, notes):
-    """Print an experiment: a table, what made it, and what can be drawn. results: {(label, network, s): of seeds}."""
+def show(experiment, args, results):
+    """Print an experiment: a table and charts. results: {(label, network, sparsity): [the result of each seed]}."""
     complete = [r for found in results.values() for r in found]
     first = complete[0]
     for r in complete:
@@ -958,99 +920,75 @@ def show(experiment, args, results, notes):
         f" ({first['processor']}), torch {first['torch']}; accuracies in % of the"
         f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
     )
-    print("".join(f"{note}\n" for note in notes))
+    settings = {f"{r['model']} on {r['dataset']}": r["defaults"].split(" at ")[0] for r in complete}
+    for ours, theirs in settings.items():
+        if ours != theirs:
+            print(f"The paper has no settings for {ours}, so those of {theirs} are taken.\n")
     at = experiment.at or (experiment.networks[0][0], experiment.sparsities[0] if experiment.sparsities else None)
-    known = {c for label, *place in results if tuple(place) == at for c in experiment.rows[label]}
-    head, rows = ["method", "network", "sparsity"], []
+    known = set()  # the columns that the paper gives figures of
+    if at in {(network, s) for _, network, s in results}:
+        known = {c for figures in experiment.rows.values() for c in figures}
+    head = ["method", "network", "sparsity"]
     for c in experiment.columns:
         head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
+    rows = []
     for (label, network, s), found in results.items():
-        rows.append([label, network, cell(lambda r: percent(r["sparsity"]), found)])
+        row = [label, network, cell(lambda r: f"{100 * r['sparsity']:g}%", found)]
         for c in experiment.columns:
-            rows[-1].append(cell(COLUMNS[c], found, 3 if "%" in c else 2))
+            row.append(cell(COLUMNS[c], found, 3 if "%" in c else 2))
             if c in known:
-                rows[-1].append(experiment.rows[label].get(c, "none") if (network, s) == at else "none")
+                row.append(experiment.rows[label].get(c, "none") if (network, s) == at else "none")
+        rows.append(row)
     print(markdown(head, rows))
-    print("What made it (an empty cell: this method has none):\n")
-    rows = [[*point[:2], *(found[0].get(name, "") for name in MADE_BY)] for point, found in results.items() if found]
-    print(markdown(["method", "network", *MADE_BY.values()], rows))
-    for title, x, xs, lines in pictures(experiment, {point: found for point, found in results.items() if found}):
-        print(f"### {title}\n")
-        if x != "sparsity":  # those points are in the table already
-            columns = [[f"{y:.2f}" for y in line] + ["ended"] * (len(xs) - len(line)) for line in lines.values()]
-            print(markdown([x, *lines], zip(xs, *columns)))
-        print(chart(title, xs, lines))
-
-
-MADE_BY = {
-    "sparsity": "s", "epochs": "E", "finetune_epochs": "to finetune", "batch_size": "batch", "period": "T",
-    "optimizer": "optimizer", "lr": "lr", "lam": "lambda", "finetune_lr": "lr to finetune",
-    "finetune_schedule": "schedule",
-}  # fmt: skip
+    for title, xs, lines in charts(experiment, {point: found for point, found in results.items() if found}):
+        if any(lines.values()):
+            print(f"### {title}\n\n{chart(title, xs, {label: line for label, line in lines.items() if line})}")
 
 
 def cell(read, found, digits=2):
-    """Mean, and deviation, of what read() finds in the results of all seeds; or why there is nothing."""
+    """What read() finds in the results of all seeds: mean and deviation, or words; or why there is nothing."""
     if not found:
         return "not run"
     try:
         values = [read(r) for r in found]
     except KeyError:
         return "not checked"
-    return "not trained" if None in values else spread(values, digits)
-
-
-def pictures(experiment, results):
-    """(title, meaning of x, its values, {label: the means for each of them}) of what can be drawn."""
-
-    def means(read, *point):
-        return [statistics.mean(values) for values in zip(*map(read, results.get(point, ())))]
-
-    for network in dict.fromkeys(network for _, network, _ in results):
-        sparsities = list(dict.fromkeys(s for _, n, s in results if n == network))
-        if len(sparsities) > 1 and not experiment.layers:
-            c = [c for c in experiment.columns if c in ("before", "after")][-1]
-            found = {label: [results.get((label, network, s)) for s in sparsities] for label in experiment.rows}
-            lines = {
-                label: [statistics.mean(map(COLUMNS[c], of_seeds)) for of_seeds in of_sparsities]
-                for label, of_sparsities in found.items()
-                if all(of_sparsities) and all(COLUMNS[c](r) is not None for of_seeds in of_sparsities for r in of_seeds)
-            }
-            if lines:
-                yield f"{network}: accuracy {c} finetuning (%)", "sparsity", [percent(s) for s in sparsities], lines
-        for s in sparsities if experiment.curves else ():
-            for title in experiment.curves:
-                lines = {label: means(CURVES[title], label, network, s) for label in experiment.rows}
-                lines = {label: line for label, line in lines.items() if line}
-                yield f"{network}: {title}", "epoch", range(1, 1 + max(map(len, lines.values()))), lines
-        for s in sparsities if experiment.layers else ():
-            labels = [label for label in experiment.rows if (label, network, s) in results]
-            first, lines = results[labels[0], network, s][0], {}
-            for label in labels:
-                lines[label] = means(lambda r: [100 * u["kept"] / u["total"] for u in r["layers"]], label, network, s)
-                if (label, network, s) in experiment.layers and first["dataset"] == "cifar10":
-                    theirs = zip(experiment.layers[label, network, s], first["layers"])
-                    lines[f"{label} (authors)"] = [100 * k / u["total"] for k, u in theirs]
-            names = [layer["name"] for layer in first["layers"]]
-            yield f"{network} {percent(s)}: kept of each layer (%)", "layer", names, lines
-
-
-def percent(s):
-    return f"{100 * s:g}%"
-
-
-def spread(values, digits):
-    """Mean and, of several values, their standard deviation; whole numbers and words as they are."""
-    if len(set(values)) == 1 and not isinstance(values[0], float):
-        return f"{values[0]:,}" if isinstance(values[0], int) else values[0]
-    if isinstance(values[0], str):
-        return ", ".join(dict.fromkeys(values))
+    if None in values:
+        return "not trained"
+    if not isinstance(values[0], float):
+        return ", ".join(dict.fromkeys(map(str, values)))
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def markdown(head, rows):
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+def charts(experiment, results):
+    """(title, values of x, {label: those of y}) of all that can be drawn; y: means over the seeds."""
+    measure = [c for c in experiment.columns if c in ("before", "after")][-1:]
+    places = list(dict.fromkeys((network, s) for _, network, s in results))
+    for network in dict.fromkeys(network for network, _ in places):
+        sparsities = [s for other, s in places if other == network]
+        if measure and len(sparsities) > 1:
+            lines = {}
+            for label in experiment.rows:
+                accs = [[COLUMNS[measure[0]](r) for r in results.get((label, network, s), ())] for s in sparsities]
+                if all(of_seeds and None not in of_seeds for of_seeds in accs):
+                    lines[label] = list(map(statistics.mean, accs))
+            yield f"{network}: accuracy {measure[0]} finetuning (%)", [f"{100 * s:g}%" for s in sparsities], lines
+    for (network, s), title in itertools.product(places, experiment.curves):
+        found = {label: of_seeds for (label, *place), of_seeds in results.items() if place == [network, s]}
+        lines = {label: list(map(statistics.mean, zip(*map(CURVES[title], found[label])))) for label in found}
+        xs = range(1, 1 + max(map(len, lines.values())))
+        if title == LAYERS:
+            first = next(iter(found.values()))[0]
+            xs = [layer["name"] for layer in first["layers"]]
+            theirs = experiment.authors.get((network, s), {}) if first["dataset"] == "cifar10" else {}
+            for label, counts in theirs.items():
+                lines[f"{label} (authors)"] = [100 * n / layer["total"] for n, layer in zip(counts, first["layers"])]
+        yield f"{network} {100 * s:g}%: {title}" if s else f"{network}: {title}", xs, lines
 
 
 COLOURS = dict(blue="#1f77b4", orange="#ff7f0e", green="#2ca02c", red="#d62728", purple="#9467bd", brown="#8c564b")
@@ -1072,27 +1010,18 @@ def chart(title, xs, lines):
 
 
 def bench(args):
-    """Print what a step costs here: of training as anybody writes it, of mining, and of finetuning, in turn."""
+    """What a step costs here: of training as anybody writes it, of mining, and of finetuning, in turn."""
     import models
 
     gm.hardware(args)
-    setting, device = gm.paper_setting(args.model, None, 0.0144), args.device
-    side, classes, images = (32, 10, 50_000) if setting.dataset == "cifar10" else (64, 200, 100_000)
-    size, steps = args.batch_size or setting.batch_size, 4 if device.type == "cpu" else 20
+    paper, device = gm.paper_setting(args.model, None, 0.0144), args.device
+    side, classes, images = (32, 10, 50_000) if paper.dataset == "cifar10" else (64, 200, 100_000)
+    size, steps = args.batch_size or paper.batch_size, 4 if device.type == "cpu" else 20
     f = gm.Network(models.build(args.model, classes, image_size=side).to(device), bf16=args.bf16, compile=args.compile)
     w, plain = draw(f, gm.signed_constant, 0), copy.deepcopy(f.model).to(memory_format=torch.channels_last)
     call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
     x = [torch.randn(size, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(steps)]
     batches = list(zip(x, torch.randint(classes, (steps, size), device=device)))
-
-    seconds = collections.defaultdict(list)
-
-    def timed(name):
-        """The batches; notes how long a step took with each of them, without what comes before and after them all."""
-        start = time.perf_counter()
-        yield from batches
-        getattr(torch, device.type).synchronize()
-        seconds[name].append((time.perf_counter() - start) / steps)
 
     def dense(batches):
         opt = torch.optim.SGD(plain.train().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -1103,38 +1032,31 @@ def bench(args):
             loss.backward()
             opt.step()
 
-    def mining(batches):
-        gm.mine(f, batches, sparsity=0.0144, epochs=1)
+    def timed(ms):
+        """The batches; notes the time of a step, without what comes before and after them all."""
+        start = time.perf_counter()
+        yield from batches
+        getattr(torch, device.type).synchronize()
+        ms.append(1000 * (time.perf_counter() - start) / steps)
 
-    def finetuning(batches):
-        gm.finetune(f, w, torch.ones_like(w), batches, epochs=1)
+    ms = {"dense": [], "mining": [], "finetuning": []}
+    for _ in range(args.rounds + 1):
+        dense(timed(ms["dense"]))
+        gm.mine(f, timed(ms["mining"]), sparsity=0.0144, epochs=1)
+        gm.finetune(f, w, torch.ones_like(w), timed(ms["finetuning"]), epochs=1)
+    ms = {name: times[1:] for name, times in ms.items()}  # the first: warming up
 
-    work = [dense, mining, finetuning]
-    for i in range(args.rounds + 1):  # each time in another order: what else the machine does meets them alike
-        for train in work[i % 3 :] + work[: i % 3]:
-            train(timed(train.__name__))
-    seconds = {name: times[1:] for name, times in seconds.items()}  # the first: warming up
-    ratios = {name: [a / b for a, b in zip(times, seconds["dense"])] for name, times in seconds.items()}
-    step, E = statistics.median(seconds["mining"]), setting.epochs
-    print(
-        f"{args.model} on {device.type}, {'bfloat16' if args.bf16 else 'float32'},"
-        f" {'compiled' if args.compile else 'eager'}, torch {torch.__version__}, {torch.get_num_threads()} threads;"
-        f" batches of {size} images of {side}x{side}; medians of {args.rounds} rounds ± half the interquartile range\n"
-    )
-    rows = [[name, quartiles([1000 * t for t in seconds[name]], 1), quartiles(ratios[name], 3)] for name in seconds]
+    def spread(values):
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+        return f"{middle:.3g} ± {(high - low) / 2:.2g}"
+
+    precision = "bfloat16" if args.bf16 else "float32"
+    print(f"{args.model} on {device.type}, {precision}, batches of {size} images of {side}x{side}\n")
+    rows = [[name, spread(ms[name]), spread([a / b for a, b in zip(ms[name], ms["dense"])])] for name in ms]
     print(markdown(["a step of", "ms", "/ dense"], rows))
-    print(
-        f"mining takes {size / step:,.0f} images a second: the paper's {E} + {E} epochs of {images:,} images would take"
-        f" about {2 * E * images / size * step / 3600:.1f} hours here"
-    )
-
-
-def quartiles(values, digits):
-    """Median and, of several values, half the interquartile range."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    speed, E = 1000 * size / statistics.median(ms["mining"]), paper.epochs
+    hours = 2 * E * images / speed / 3600
+    print(f"mining: {speed:,.0f} images a second; the paper's {E} + {E} epochs would take {hours:.1f} hours here")
 
 
 def main(argv=None):
