@@ -140,29 +140,16 @@ def test_resnet50_takes_torchvisions_weights():
 # --- Network: a module as a function of one vector ------------------------------------------------------------
 
 
-def test_the_function_is_the_module():
-    """And views are the inverse of vector."""
+def test_views_are_the_inverse_of_vector():
+    """And the module itself is untouched by what its function is given."""
     model = tiny()
     f = gm.Network(model)
     v, other = f.vector(), torch.randn(42, dtype=torch.float64)
     assert (f.d, f.names, f.shapes) == (42, ["conv.weight", "fc.weight"], [(2, 1, 3, 3), (3, 8)])
     assert same(f.views(v), {"conv.weight": model.conv.weight, "fc.weight": model.fc.weight})
-    assert torch.equal(f.vector(f.views(v)), v)
-    x = torch.randn(5, 1, 4, 4, dtype=torch.float64)
-    assert torch.allclose(f.eval()(v, x), model.eval()(x), atol=1e-12)
-    expected = f(other, x)
-    assert not torch.allclose(expected, model(x))  # the module itself is untouched
-    f.load(other)
-    assert torch.allclose(expected, model(x))
-
-
-def test_convolutions_are_viewed_channels_last_without_copy():
-    f = gm.Network(models.resnet20())
-    v = f.vector()
-    for view in f.views(v).values():
-        assert view.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
-        if view.dim() == 4:
-            assert view.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(f.vector(f.views(other)), other)
+    f.eval()(other, torch.randn(5, 1, 4, 4, dtype=torch.float64))
+    assert torch.equal(f.vector(), v)
 
 
 class Tied(nn.Module):
@@ -486,6 +473,7 @@ NETWORKS = {  # what it is: (the network, what to prune, the shape of its input,
     "tied": (Tied, None, (9,), 2),
     "embedding": (Tied, embedding, (9,), 2),
     "a layer twice": (twice, None, (4,), 2),
+    "conv2d": (lambda: tiny(torch.float32), None, (1, 4, 4), 2),
     "conv1d": (lambda: convolutions(nn.Conv1d, nn.BatchNorm1d, 16), None, (3, 6), 3),
     "transposed": (lambda: convolutions(nn.ConvTranspose2d, nn.BatchNorm2d, 144), None, (3, 4, 4), 3),
     "sequence": (Sequence, matrices, (5, 4), 4),
@@ -493,6 +481,7 @@ NETWORKS = {  # what it is: (the network, what to prune, the shape of its input,
 }
 
 
+@pytest.mark.filterwarnings("ignore:only 48 of 109")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_others_are_mined_and_finetuned(name):
     build, prune, shape, tensors = NETWORKS[name]
@@ -500,7 +489,10 @@ def test_networks_of_others_are_mined_and_finetuned(name):
     model, x, y = build(), 3 * torch.randn(8, *shape), torch.randint(3, (8,))
     f = gm.Network(model, prune)
     assert len(f.names) == tensors
-    for view in f.views(gm.signed_constant(f)).values():
+    w = gm.signed_constant(f)
+    for view in f.views(w).values():
+        assert view.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()  # no copy
+        assert view.dim() != 4 or view.is_contiguous(memory_format=torch.channels_last)  # which is fast
         assert torch.allclose(view.abs(), torch.tensor((2 / view[0].numel()) ** 0.5))
     for training in (True, False):  # the function is the module that holds v, in either mode, and so is its gradient
         function, plain = (gm.Network(copy.deepcopy(model), prune).train(training) for _ in range(2))
@@ -658,15 +650,17 @@ def test_lambda_by_itself_reaches_the_density(kind):
 
     gem = gm.mine(
         nn.Linear(40, 40, bias=False), {"tensors": (x, y), "batches": batches, "unsized": Iterable()}[kind],
-        sparsity=0.05, epochs=10, period=3, batch_size=2,
+        sparsity=0.02, epochs=10, period=3, batch_size=2,
         on_epoch=lambda row, v, state: seen.append((row["m"] / 1600, row["lam"])),
     )  # fmt: skip
     for j, (density, lam) in enumerate(seen, 1):
-        wanted = 0.05 ** min(1, j / 5)
-        if j > 1 and wanted < 0.5:  # uniform scores leave half of the weights by themselves
-            assert density == pytest.approx(wanted, rel=0.2)
+        wanted = 0.02 ** min(1, j / 5)
+        if j == 1 and kind == "unsized":  # the steps of an epoch are not known yet
+            assert lam == 0
+        else:
+            assert density == pytest.approx(wanted, rel=0.3)
             assert lam > 0 or j > 5
-    assert gem.q.sum() == 80
+    assert gem.q.sum() == 32
 
 
 def test_lambda_by_itself_does_not_overshoot():
@@ -1665,8 +1659,7 @@ def test_sr_v4_takes_the_trial_that_held_out_images_prefer(monkeypatch):
     masks, trained, accs = [], [], iter([10.0, 30.0, 20.0])
 
     def phase(name, method, f, w, m, data, **kw):
-        assert name == f"trial {len(masks)}"
-        assert [kw["epochs"], data.train, data.pad] == [2, True, 2]
+        assert [name, kw["epochs"], data.train, data.pad] == [f"trial {len(masks)}", 2, True, 2]
         assert same(f.rest(), fresh)
         f.model[20].running_mean += 1
         masks.append(m)
@@ -1676,8 +1669,7 @@ def test_sr_v4_takes_the_trial_that_held_out_images_prefer(monkeypatch):
     def accuracy(f, data, v):
         [(x, y)] = data
         assert torch.equal(v, w * masks[-1])
-        assert len(y) == 4
-        assert set(y.tolist()) == set(range(40)) - trained[-1]
+        assert sorted([*y.tolist(), *trained[-1]]) == list(range(40))
         assert torch.equal(x, y[:, None, None, None].float().expand(4, 3, 4, 4))
         return next(accs)
 
