@@ -1004,6 +1004,7 @@ def test_a_run_leaves_and_shows_its_figures(finished):
     result, rows, kept = finished.result, finished.rows, round(0.3 * 267_824)
     phases = ["mine", "finetune", "shuffle", "reinit", "mine inverted", "invert"]
     assert [(row["phase"], row["epoch"]) for row in rows] == [(phase, j) for phase in phases for j in (1, 2)]
+    assert len({row["loss"] for row in rows if "mine" not in row["phase"]}) == 8  # each check trains something else
     assert result["total"] == sum(layer["total"] for layer in result["layers"]) == 267_824
     assert result["kept"] == result["kept_q"] == sum(layer["kept"] for layer in result["layers"]) == kept
     assert result["kept_m"] == rows[1]["m"] < kept
@@ -1277,6 +1278,8 @@ def test_snip_is_the_change_of_the_loss():
     w = f.vector()
     slopes = central_differences(lambda c: F.cross_entropy(f(c * w, x), y), torch.ones_like(w))
     assert torch.allclose(bl.snip(f, w, lambda: iter([(x, y)])), slopes.abs(), atol=1e-8)
+    with pytest.raises(FloatingPointError, match="snip's scores are not finite"):
+        bl.at_init(f, [(x * math.nan, y)], score="snip", sparsity=0.5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
@@ -1440,8 +1443,6 @@ def test_the_seed_alone_fixes_every_method(name):
 def test_what_a_method_cannot_do_is_refused(search, word):
     with pytest.raises(gm.InputError, match=word):
         search(tiny(), tiny_batches())
-    with pytest.raises(FloatingPointError, match="snip's scores are not finite"):
-        bl.at_init(tiny(), [(x * math.nan, y) for x, y in tiny_batches()], score="snip", sparsity=0.5)
 
 
 # --- baselines.py: edge-popup ------------------------------------------------------------------------------------
@@ -1555,7 +1556,7 @@ def masked_sgd(model, w, m, batches, E, steps=math.inf):
     return f.vector()
 
 
-@pytest.mark.parametrize("rounds, rewind", [(3, 0), (3, 6), (3, None)])
+@pytest.mark.parametrize("rounds, rewind", [(3, 0), (3, 6), (3, None), (1, 6)])
 def test_imp_and_lrr_are_train_prune_rewind(rounds, rewind):
     """Cold, warm after 6 of the first round's 12 steps, and never rewound."""
     batches, E = tiny_batches(), 3
@@ -1573,7 +1574,7 @@ def test_imp_and_lrr_are_train_prune_rewind(rounds, rewind):
             w = trained  # and BatchNorm and the bias go on, too
         else:
             w, model = start, copy.deepcopy(start_model)
-    assert counts == [32, 24, 18]
+    assert counts == [32, 24, 18][:rounds]
     assert torch.equal(gem.m, m)
     assert torch.allclose(gem.p, trained.abs(), atol=1e-10)
     assert torch.allclose(gem.w * m, w * m, atol=1e-10)
