@@ -273,20 +273,23 @@ class Network(nn.Module):
         self.model, self.bf16, self.compile = model, bf16, compile
         if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
             raise InputError("this model has lazy layers: run a batch through it first, so that they get their shapes")
+        every, found = {}, {}  # {name: parameter} of each module that has it; {prunable parameter: its name}
         for home, layer in model.named_modules():
             hooks = [type(hook).__module__ for hook in layer._forward_pre_hooks.values()]
             if hasattr(layer, "parametrizations") or any(hook.startswith("torch.nn.utils.") for hook in hooks):
                 cure = "call torch.nn.utils.prune.remove, or remove_parametrizations, first"
                 raise InputError(f"a weight of layer {home!r} is computed from other parameters: {cure}")
-        found = {}  # {prunable parameter: its name}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            home, _, key = name.rpartition(".")
-            layer = model.get_submodule(home)
-            weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and key == "weight"
-            if prune(name, parameter) if prune else weight:
-                found.setdefault(parameter, name)
+            for key, parameter in layer.named_parameters(recurse=False):
+                name = f"{home}.{key}".lstrip(".")
+                every[name] = parameter
+                weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and key == "weight"
+                if prune(name, parameter) if prune else weight:
+                    found.setdefault(parameter, name)
         if not found:
             raise InputError("there is nothing to prune: no weight of a Conv or Linear, or none that prune= takes")
+        # functional_call's own tying loses the parameters of a module that is used twice.
+        first = {parameter: name for name, parameter in reversed(every.items())} | found
+        self.places = {name: first[parameter] for name, parameter in every.items()}  # {every name: that in f.names}
         self.names = list(found.values())
         self.shapes = [tuple(parameter.shape) for parameter in found]
         self.sizes = [parameter.numel() for parameter in found]
@@ -331,12 +334,13 @@ class Network(nn.Module):
     def call(self, v, x, others=None):
         values = self.views(v) | (others or {})
         values = {name: t.to(self.model.get_parameter(name).dtype) for name, t in values.items()}
+        values = {name: values[first] for name, first in self.places.items() if first in values}
         if v.device.type == "mps":  # for the same reason as in views
             x = each(x, torch.Tensor.contiguous)
         several = isinstance(x, (tuple, list)) and not hasattr(x, "_fields")
         args, kw = ((), x) if isinstance(x, Mapping) else (tuple(x) if several else (x,), {})
         with torch.autocast(v.device.type, torch.bfloat16, enabled=self.bf16):
-            out = functional_call(self.model, values, args, kw)
+            out = functional_call(self.model, values, args, kw, tie_weights=False)
         return out.float() if self.bf16 and torch.is_tensor(out) else out
 
     def views(self, v):

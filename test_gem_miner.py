@@ -4,7 +4,6 @@
 Where it can, a test compares with an oracle that it states itself: slower, plainer, and independent.
 """
 
-import ast
 import contextlib
 import copy
 import io
@@ -12,16 +11,13 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import types
 import urllib.error
 import urllib.request
@@ -77,6 +73,17 @@ def tiny_batches(n=4, size=8, dtype=torch.float64):
     return list(zip(xs, ys))
 
 
+class Draws:
+    """Data that draws a random number in each epoch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __iter__(self):
+        self.seen.append(torch.rand(1).item())
+        return iter(tiny_batches(1))
+
+
 def same(a, b):
     """Whether nested dicts and lists of tensors and plain values are equal to the last bit."""
     if isinstance(a, dict):
@@ -114,7 +121,7 @@ def test_networks_have_the_papers_sizes(name, classes, size, d, tensors):
     assert {layer.affine for layer in norms} == {True}
 
 
-def test_option_a_takes_every_second_pixel_and_adds_empty_channels():
+def test_option_a_takes_every_second_pixel():
     x = torch.randn(2, 16, 8, 8)
     expected = torch.zeros(2, 32, 4, 4)
     expected[:, 8:24] = x[:, :, [0, 2, 4, 6]][:, :, :, [0, 2, 4, 6]]
@@ -126,35 +133,23 @@ def test_resnet50_takes_torchvisions_weights():
     ours = models.resnet50(1000, affine=True).eval()
     ours.load_state_dict({name: t for name, t in theirs.state_dict().items() if name != "fc.bias"})
     nn.init.zeros_(theirs.fc.bias)
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 32, 32)
     assert torch.allclose(theirs(x), ours(x), atol=1e-5)
 
 
 # --- Network: a module as a function of one vector ------------------------------------------------------------
 
 
-def test_the_function_is_the_module_and_views_are_the_inverse_of_vector():
+def test_views_are_the_inverse_of_vector():
+    """And the module itself is untouched by what its function is given."""
     model = tiny()
     f = gm.Network(model)
     v, other = f.vector(), torch.randn(42, dtype=torch.float64)
     assert (f.d, f.names, f.shapes) == (42, ["conv.weight", "fc.weight"], [(2, 1, 3, 3), (3, 8)])
     assert same(f.views(v), {"conv.weight": model.conv.weight, "fc.weight": model.fc.weight})
-    assert torch.equal(f.vector(f.views(v)), v)
-    x = torch.randn(5, 1, 4, 4, dtype=torch.float64)
-    assert torch.allclose(f.eval()(v, x), model.eval()(x), atol=1e-12)
-    expected = f(other, x)
-    assert not torch.allclose(expected, model(x))  # the module itself is untouched
-    f.load(other)
-    assert torch.allclose(expected, model(x))
-
-
-def test_convolutions_are_viewed_channels_last_without_a_copy():
-    f = gm.Network(models.resnet20())
-    v = f.vector()
-    for view in f.views(v).values():
-        assert view.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
-        if view.dim() == 4:
-            assert view.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(f.vector(f.views(other)), other)
+    f.eval()(other, torch.randn(5, 1, 4, 4, dtype=torch.float64))
+    assert torch.equal(f.vector(), v)
 
 
 class Tied(nn.Module):
@@ -171,7 +166,8 @@ class Tied(nn.Module):
         return self.out(self.drop(self.norm(self.b(self.a(x).relu()))))
 
 
-def test_a_shared_weight_counts_once_and_all_else_is_the_rest():
+def test_a_shared_weight_counts_once():
+    """And all that is not in the vector is the rest, which can be restored."""
     f = gm.Network(Tied())
     assert (f.names, f.sizes) == (["a.weight", "out.weight"], [36, 42])
     before, bias, doubled = f.rest(), f.model.b.bias.clone(), f.vector() * 2
@@ -182,34 +178,32 @@ def test_a_shared_weight_counts_once_and_all_else_is_the_rest():
     assert torch.equal(f.model.b.bias, bias)
     assert torch.equal(f.vector(), doubled)
     assert f.model.embed.weight is f.model.out.weight  # still tied
-    with pytest.raises(ValueError, match="nothing to prune"):
-        gm.Network(nn.Embedding(5, 6))
 
 
 def test_bfloat16_is_autocast_of_every_layer():
     """The output and the gradient are those of plain autocast, and the output is float32."""
-    f, x, y = gm.Network(models.resnet20(), bf16=True), torch.randn(4, 3, 32, 32), torch.arange(4)
+    f, x, y = gm.Network(models.resnet20(), bf16=True), torch.randn(4, 3, 8, 8), torch.arange(4)
     v = f.vector().requires_grad_()
     ours, full = f(v, x), gm.Network(f.model)(v, x)
     with torch.autocast("cpu", torch.bfloat16):
         plain = torch.func.functional_call(f.model, f.views(v), (x,)).float()
     assert torch.equal(ours, plain)
     assert ours.dtype == torch.float32
-    assert 0 < (ours - full).abs().max() < 0.05 * full.abs().max()
+    assert 0 < (ours - full).abs().max() < 0.1 * full.abs().max()
     gradients = [torch.autograd.grad(F.cross_entropy(out, y), v)[0] for out in (ours, plain)]
     assert torch.equal(*gradients)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_compiled_equals_eager():
-    """Where scores are learned, and where weights are; BatchNorm's statistics too."""
+    """Also what is trained besides the vector, and BatchNorm's statistics."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
     data, ends = [(torch.randn(8, 4), torch.randint(3, (8,)))], []
     for compiled in (False, True):
         f = gm.Network(copy.deepcopy(net), compile=compiled)
-        gem = gm.mine(f, data, sparsity=0.5, epochs=2)
-        ends.append([gem.p, gm.finetune(f, gem.w, gem.q, data, epochs=2, lr=0.1), f.rest()["1.running_mean"]])
+        w = gm.finetune(f, f.vector(), torch.ones(f.d), data, epochs=2, lr=0.1)
+        ends.append([w, *f.rest().values()])
     for eager, compiled in zip(*ends):
         assert torch.allclose(eager, compiled, atol=1e-5)
 
@@ -217,57 +211,35 @@ def test_compiled_equals_eager():
 class Waits(TorchDispatchMode):
     """Counts what would make the host wait for a GPU: to read numbers, or a size that depends on them."""
 
-    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
-
-    def __init__(self):
-        super().__init__()
-        self.n = 0
+    n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.n += name in self.WAITING
-        if name in ("index", "index_put", "index_put_"):
+        self.n += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        if name in ("index", "index_put_"):
             self.n += any(i is not None and i.dtype == torch.bool for i in args[1])  # t[mask]
-            self.n += name != "index" and args[2].dim() == 0  # t[i] = 1: copies a number to the GPU
         return func(*args, **(kwargs or {}))
-
-
-def test_waiting_is_seen():
-    t, mask, one = torch.rand(3), torch.tensor([True, False, True]), torch.tensor([1])
-    for wait in (lambda: t[mask], lambda: t.__setitem__(one, 1.0), lambda: t.sum().item(), lambda: mask.nonzero()):
-        with Waits() as waits:
-            wait()
-        assert waits.n
 
 
 @pytest.mark.parametrize("search", [
     lambda f, data: gm.mine(f, data, sparsity=0.5, epochs=1),
     lambda f, data: gm.mine(f, data, sparsity=0.5, epochs=1, r=gm.round_random, norm=gm.l1, lam=1e-4),
     lambda f, data: gm.finetune(f, f.vector(), torch.ones(f.d), data, epochs=1),
-    lambda f, data: bl.edge_popup(f, data, sparsity=0.5, epochs=1),
     lambda f, data: bl.edge_popup(f, data, sparsity=0.5, epochs=1, period=1, regularize=True),
-    lambda f, data: bl.tune_densities(f, data, bl.smart_ratio(f.sizes, 0.5), epochs=1),
+    lambda f, data: bl.tune_densities(f, data, [0.5, 0.5], epochs=1),
 ])  # fmt: skip
-def test_no_step_waits_for_the_device(search, monkeypatch):
-    split = gm.Split(torch.randint(256, (20, 8, 8, 3)).to(torch.uint8), torch.arange(20) % 10)
+def test_no_step_waits_for_the_device(search):
     waits, seen = Waits(), []
 
-    class Watched(gm.Batches):
+    class Watched:
         def __iter__(self):
-            for batch in super().__iter__():
+            for batch in tiny_batches():
                 yield batch
                 seen.append(waits.n)
 
-    for name in ("cpu", "tolist"):  # which no dispatch shows for tensors on the CPU
-        method = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda t, method=method: [setattr(waits, "n", waits.n + 1), method(t)][1]
-        )
     with waits:
-        search(gm.Network(models.resnet20()), Watched(split, ([127.5] * 3, [60.0] * 3), 5, train=True, pad=4))
-    assert len(seen) == 4
-    assert seen[0] == seen[-1]
-    assert waits.n > seen[-1]  # the end of an epoch does read its figures, and is seen
+        search(gm.Network(tiny()), Watched())
+    assert seen[0] == seen[3] < waits.n  # the end of an epoch does read its figures, and is seen
 
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -308,9 +280,7 @@ def oracle(model, batches, w, p, s, E, T, eta, lam, norm, invert):
     return torch.tensor(p, dtype=torch.float64), torch.tensor(q), figures
 
 
-@pytest.mark.parametrize(
-    "case", [{}, {"norm": "l1"}, {"invert": True}, {"T": 1}, {"E": 7}, {"lam": 0.0, "eta": 0.2}], ids=str
-)
+@pytest.mark.parametrize("case", [{}, {"norm": "l1"}, {"invert": True}, {"E": 7}, {"lam": 0.0, "eta": 0.2}], ids=str)
 def test_mine_is_algorithm_1(case):
     case = {"s": 0.2, "E": 6, "T": 2, "eta": 0.05, "lam": 0.02, "norm": "l2", "invert": False, **case}
     model, batches, drawn, rows = tiny().eval(), tiny_batches(), {}, []
@@ -358,8 +328,8 @@ def test_rounding_is_exact_and_straight_through():
 
 
 @pytest.mark.parametrize("invert", [False, True])
-@pytest.mark.parametrize("distinct", [0, 100, 1000])  # the other scores are all 0
-def test_freezing_is_exact_under_ties_and_takes_the_worst(distinct, invert):
+@pytest.mark.parametrize("distinct", [0, 100])  # the other scores are all 0
+def test_freezing_is_exact_and_takes_the_worst(distinct, invert):
     p = torch.cat([torch.zeros(1000 - distinct), torch.rand(distinct)])
     q = (torch.arange(1000) % 4 > 0).float()
     new = gm.freeze(p, q, 500, invert)
@@ -376,16 +346,24 @@ def test_freezing_is_exact_under_ties_and_takes_the_worst(distinct, invert):
         assert new[:500].sum().item() == pytest.approx(250, abs=50)  # ties fall at random, not by position
 
 
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
 @pytest.mark.parametrize("bad, word", [
-    ({"sparsity": 0}, "sparsity"), ({"sparsity": 1.44}, "1.44"), ({"sparsity": 0.001}, "1/42"),
+    ({"sparsity": 0}, "sparsity"), ({"sparsity": 1.44}, "1.44"), ({"sparsity": 0.01}, "1/12"),
     ({"sparsity": math.nan}, "nan"), ({"period": 11}, "11"), ({"period": 0}, "period"), ({"period": 1.5}, "whole"),
     ({"lam": -1}, "lambda"), ({"lam": math.nan}, "lambda"), ({"epochs": 0}, "epochs"),
-    ({"train": iter(tiny_batches())}, "no batch"),  # an iterator is spent after one epoch
-    ({"train": (torch.zeros(8, 1, 4, 4), torch.zeros(7))}, "8 inputs, but 7 labels"),
+    ({"optimizer": gm.adam}, "give lambda"), ({"norm": gm.l1}, "give lambda"), ({"r": gm.round_random}, "give lambda"),
+    ({"train": iter([(X, Y)])}, "no batch"),  # an iterator is spent after one epoch
+    ({"train": (X, Y[:5])}, "6 inputs, but 5 labels"), ({"train": (({"x": X, "scale": X[:5]}, Y))}, "6 inputs"),
+    ({"train": (X, Y.tolist())}, "tensors or arrays"), ({"train": None}, "NoneType"), ({"train": X}, "batches"),
+    ({"train": [(X, Y, Y)]}, "batches"), ({"train": (X, Y, Y)}, "batches"), ({"train": [{"x": X, "y": Y}]}, "batches"),
+    ({"train": list(zip(X, Y))}, "batches"), ({"train": [(x, int(y)) for x, y in zip(X, Y)]}, "batches"),
+    ({"train": torch.utils.data.TensorDataset(X, Y)}, "DataLoader"),
 ])  # fmt: skip
-def test_values_out_of_range_are_refused(bad, word):
-    with pytest.raises(ValueError, match=word):
-        gm.mine(tiny(), **{"train": tiny_batches(), "sparsity": 0.5, "epochs": 10, "period": 1, **bad})
+def test_what_mine_cannot_use_is_refused(bad, word):
+    with pytest.raises(gm.InputError, match=word):
+        gm.mine(nn.Linear(4, 3), **{"train": (X, Y), "sparsity": 0.5, "epochs": 10, "period": 1, **bad})
 
 
 def test_lost_layers_are_named_once():
@@ -396,7 +374,7 @@ def test_lost_layers_are_named_once():
     assert gem.m.sum() == 0
 
 
-def test_a_loss_or_scores_that_are_not_finite_stop_the_run():
+def test_what_is_not_finite_stops_the_run():
     x, y = tiny_batches()[0]
     lost = [(x * math.nan, y)]
     with pytest.raises(FloatingPointError, match="epoch 1"):
@@ -416,92 +394,43 @@ def test_each_epoch_has_its_own_randomness():
     assert len(set(data.seen)) == 12
 
 
-@pytest.mark.parametrize("kind", ["tuple", "list", "loader"])
-def test_mining_takes_tensors_or_a_loader_and_ones_own_optimizer(kind):
-    x, y = torch.randn(40, 1, 4, 4), torch.randint(3, (40,))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)
-    data, rates, scores = {"tuple": (x, y), "list": [x, y], "loader": loader}[kind], [], []
-
-    class Recorded(torch.optim.Adam):
-        def step(self):
-            rates.append(self.param_groups[0]["lr"])
-            super().step()
-
-    for seed in (0, 0, 1):
-        gem = gm.mine(
-            tiny(torch.float32), data, sparsity=0.5, epochs=2, lr=0.1, batch_size=16, seed=seed,
-            optimizer=Recorded, schedule=lambda lr, j, E: lr + j + 10 * E, lam=1e-4,
-        )  # fmt: skip
-        scores.append(gem.p)
-    assert torch.equal(scores[0], scores[1])  # the seed fixes the loader's order, too
-    assert not torch.equal(scores[0], scores[2])
-    assert rates == 3 * ([21.1] * 3 + [22.1] * 3)  # batches of 16, 16 and 8
+def test_the_seed_fixes_the_order_of_batches():
+    """A DataLoader's, too; tensors are shuffled."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=2, shuffle=True)
+    in_order = list(zip(X.split(2), Y.split(2)))
+    how = {"sparsity": 0.5, "epochs": 2, "lr": 1.0, "batch_size": 2, "lam": 0, "init": lambda f: torch.ones(12)}
+    for data in (loader, (X, Y)):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        first, again, plain = (gm.mine(model, train, **how).p for train in (data, data, in_order))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, plain)
 
 
-def test_another_criterion_is_learned_and_has_no_accuracy():
-    """The squared error, which a step of mining or finetuning lowers to what autograd says."""
-    model, x, y, rows = nn.Linear(3, 2, bias=False), torch.randn(5, 3), torch.randn(5, 2), []
-    w, m = torch.randn(6), torch.ones(6)
-    kw = {"epochs": 2, "lr": 0.1, "criterion": F.mse_loss, "on_epoch": lambda row, *_: rows.append(row)}
-    gm.finetune(model, w, m, [(x, y)], schedule=lambda lr, j, E: lr, **kw)
-    w.requires_grad_()
-    for row in rows:
-        loss = ((x @ w.view(2, 3).T - y) ** 2).mean()
-        assert row["loss"] == pytest.approx(loss.item())
-        w = w - 0.1 * (torch.autograd.grad(loss, w)[0] + 1e-4 * w)
-    gm.mine(model, [(x, y)], sparsity=0.5, **kw)
-    assert [row["train_acc"] for row in rows] == [None] * 4
-    assert gm.accuracy(model, [(x, y)]) is None
-
-
-class Ties(torch.optim.Optimizer):
-    """Sets every score to one and the same value."""
-
-    def __init__(self, params, value):
-        super().__init__(params, {"lr": 0, "value": value})
-
-    def step(self):
-        for group in self.param_groups:
-            group["params"][0].data.fill_(group["value"])
-
-
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(8))
 def test_algorithm_1_holds_on_any_network(seed):
-    """Random sizes (d from 1, layers of one weight), sparsities, periods, lambdas, steps; and scores that all tie."""
+    """Random sizes (d from 1, layers of one weight), sparsities, periods, and lambdas and steps up to absurd ones."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    widths = [rng.choice((1, 1, 2, 3, 7)) for _ in range(rng.randint(2, 4))]
-    layers = [nn.Linear(a, b, bias=rng.random() < 0.5) for a, b in zip(widths, widths[1:])]
-    model, d = nn.Sequential(*layers).double(), sum(layer.weight.numel() for layer in layers)
-    E = rng.randint(1, 9)
-    T, n = rng.randint(1, E), rng.choice((1, d, rng.randint(1, d)))
-    optimizer = [gm.sgd, gm.adam, lambda params, lr: Ties(params, rng.choice((0.0, 0.5, 1.0)))][seed % 3]
-    lam, lr = rng.choice((0, 1e-4, 1.0, 1e6)), rng.choice((1e-3, 1.0, 1e3))
-    data = torch.randn(6, widths[0], dtype=torch.float64), torch.randint(widths[-1], (6,))
-    seen = []
-
-    def on_epoch(row, v, state):
-        assert torch.equal(v, state["w"] * state["m"])
-        assert row["q"] == state["q"].sum()
-        assert row["m"] == state["m"].sum()
-        seen.append(copy.deepcopy(state))
-
+    a, b, c = (rng.choice((1, 1, 2, 3, 7)) for _ in range(3))
+    model, d, E = nn.Sequential(nn.Linear(a, b), nn.Linear(b, c)), (a + c) * b, rng.randint(1, 9)
+    T, n, states = rng.randint(1, E), rng.choice((1, d, rng.randint(1, d))), []
     gem = gm.mine(
-        model, data, sparsity=n / d, epochs=E, period=T, lr=lr, lam=lam, optimizer=optimizer, batch_size=3,
-        on_epoch=on_epoch,
+        model, (torch.randn(6, a), torch.randint(c, (6,))), sparsity=n / d, epochs=E, period=T, batch_size=3,
+        lr=rng.choice((1e-3, 1.0, 1e3)), lam=rng.choice((0, 1e-4, 1.0, 1e6)), optimizer=[gm.sgd, gm.adam][seed % 2],
+        on_epoch=lambda row, v, state: states.append(copy.deepcopy({**state, "row": row, "v": v})),
     )  # fmt: skip
     before = torch.ones(d, dtype=torch.bool)
-    for j, state in enumerate(seen, 1):
-        p, q = state["p"], state["q"]
+    for j, state in enumerate(states, 1):
+        p, q, m = state["p"], state["q"], state["m"]
         assert 0 <= p.min() <= p.max() <= 1
         assert not (q & ~before).any()  # what is frozen stays frozen
-        assert torch.equal(state["m"], q & (p >= 0.5))
-        assert torch.equal(state["w"], gem.w)
-        kept = round(d * (n / d) ** (j / (E // T * T))) if j % T == 0 else before.sum()
-        assert q.sum() == kept
+        assert q.sum() == (round(d * (n / d) ** (j / (E // T * T))) if j % T == 0 else before.sum())
+        assert torch.equal(m, q & (p >= 0.5))
+        assert torch.equal(state["v"], gem.w * m)
+        assert (state["row"]["q"], state["row"]["m"]) == (q.sum(), m.sum())
         before = q
     assert gem.q.sum() == n
-    assert torch.equal(gm.Network(model).vector(), gem.w * gem.m)
 
 
 def convolutions(kind, norm, size):
@@ -510,30 +439,72 @@ def convolutions(kind, norm, size):
     )  # fmt: skip
 
 
-NETWORKS = {  # what it is: (the network, the shape of its input, its tensors of weights)
-    "vit": (lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3), (3, 8, 8), 8),
-    "tied": (Tied, (9,), 2),
-    "conv1d": (lambda: convolutions(nn.Conv1d, nn.BatchNorm1d, 16), (3, 6), 3),
-    "conv3d": (lambda: convolutions(nn.Conv3d, nn.BatchNorm3d, 32), (3, 4, 4, 4), 3),
-    "transposed": (lambda: convolutions(nn.ConvTranspose2d, nn.BatchNorm2d, 144), (3, 4, 4), 3),
+def twice():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 3))
+
+
+class Sequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.lstm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(self.attention(x, x, x)[0])[0][:, -1]
+
+
+class Checkpointed(nn.Sequential):
+    """Its layers run again in the backward pass, which must not meet other weights."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+def matrices(name, parameter):
+    return parameter.dim() == 2
+
+
+def embedding(name, parameter):
+    return name in ("embed.weight", "a.bias")
+
+
+NETWORKS = {  # what it is: (the network, what to prune, the shape of its input, its tensors of weights)
+    "vit": (lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3), None, (3, 8, 8), 8),
+    "tied": (Tied, None, (9,), 2),
+    "embedding": (Tied, embedding, (9,), 2),
+    "a layer twice": (twice, None, (4,), 2),
+    "conv2d": (lambda: tiny(torch.float32), None, (1, 4, 4), 2),
+    "conv1d": (lambda: convolutions(nn.Conv1d, nn.BatchNorm1d, 16), None, (3, 6), 3),
+    "transposed": (lambda: convolutions(nn.ConvTranspose2d, nn.BatchNorm2d, 144), None, (3, 4, 4), 3),
+    "sequence": (Sequence, matrices, (5, 4), 4),
+    "checkpointed": (lambda: Checkpointed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), None, (4,), 2),
 }
 
 
+@pytest.mark.filterwarnings("ignore:only 48 of 109")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_others_are_mined_and_finetuned(name):
-    build, shape, tensors = NETWORKS[name]
+    build, prune, shape, tensors = NETWORKS[name]
     torch.manual_seed(0)
     model, x, y = build(), 3 * torch.randn(8, *shape), torch.randint(3, (8,))
-    f = gm.Network(model)
+    f = gm.Network(model, prune)
     assert len(f.names) == tensors
-    for view in f.views(gm.signed_constant(f)).values():
+    w = gm.signed_constant(f)
+    for view in f.views(w).values():
+        assert view.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()  # no copy
+        assert view.dim() != 4 or view.is_contiguous(memory_format=torch.channels_last)  # which is fast
         assert torch.allclose(view.abs(), torch.tensor((2 / view[0].numel()) ** 0.5))
-    for training in (True, False):  # the function is the module, in either mode
-        plain, function = copy.deepcopy(model).train(training), gm.Network(copy.deepcopy(model)).train(training)
-        torch.manual_seed(1)
-        expected = plain(x)
-        torch.manual_seed(1)
-        assert torch.allclose(function(f.vector(), x), expected, atol=1e-4)
+    for training in (True, False):  # the function is the module that holds v, in either mode, and so is its gradient
+        function, plain = (gm.Network(copy.deepcopy(model), prune).train(training) for _ in range(2))
+        v = (f.vector() + 0.1 * torch.randn(f.d)).requires_grad_()
+        plain.load(v.detach())
+        outs = []
+        for run in (partial(function, v), plain.model):
+            torch.manual_seed(1)
+            outs.append(run(x))
+            F.cross_entropy(outs[-1], y).backward()
+        assert torch.allclose(*outs, atol=1e-4)
+        assert torch.allclose(v.grad, plain.vector({name: p.grad for name, p in plain.weights.items()}), atol=1e-4)
 
     others = {name: p.clone() for name, p in f.others().items()}
     gem = gm.mine(f, (x, y), sparsity=0.25, epochs=2, lr=0.5, batch_size=4)
@@ -545,86 +516,20 @@ def test_networks_of_others_are_mined_and_finetuned(name):
     assert not v[gem.q == 0].any()
     assert not torch.equal(v, gem.w * gem.q)
     assert not same(others, f.others())  # biases and norms are trained now
-    assert gm.accuracy(model, (x, y)) == gm.accuracy(f, (x, y), v)  # dropout is off
+    assert gm.accuracy(f, (x, y)) == gm.accuracy(f, (x, y), v)  # dropout is off
 
 
-X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x)
-
-
-@pytest.mark.parametrize("build, d", [
-    (lambda: nn.LSTM(4, 3), 12 * (4 + 3)), (lambda: nn.GRU(4, 3, 2, bidirectional=True), 2 * 9 * (4 + 3 + 6 + 3)),
-    (Attention, 4 * 16), (lambda: nn.Sequential(nn.Linear(4, 3), nn.Unflatten(0, (1, -1))), 12),
-])  # fmt: skip
-def test_prune_chooses_the_parameters(build, d):
-    """All matrices, here: the function of them has the module's output and gradient."""
-    model, x = build(), torch.randn(5, 2, 4)
-    f = gm.Network(model, prune=lambda name, parameter: parameter.dim() == 2)
-    assert f.d == d
-    v = f.vector().requires_grad_()
-    for out in (f.train()(v, x), model(x)):
-        out[0].square().sum().backward()
-    assert torch.allclose(v.grad, f.vector({name: p.grad for name, p in f.weights.items()}), atol=1e-6)
-    stds = torch.cat([torch.full((p.numel(),), (2 / p.shape[1]) ** 0.5) for p in f.weights.values()])
-    assert torch.allclose(gm.signed_constant(f).abs(), stds)
-    with pytest.raises(ValueError, match="nothing to prune"):
-        gm.Network(model, prune=lambda name, parameter: False)
-
-
-def test_a_layer_that_a_model_has_twice_counts_once():
-    layer = nn.Linear(4, 4)
-    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 3))
-    f = gm.Network(model)
-    assert (f.names, f.d) == (["0.weight", "4.weight"], 28)
-    gem = gm.mine(f, (X, Y), sparsity=0.5, epochs=2)
-    assert torch.equal(f.vector(), gem.w * gem.m)
-    assert model[2].weight is model[0].weight is layer.weight
-    v = f.vector().requires_grad_()
-    for out in (f(v, X), model(X)):
-        out.square().sum().backward()
-    assert torch.allclose(v.grad, f.vector({name: p.grad for name, p in f.weights.items()}), atol=1e-6)
-
-
-def test_accuracy_is_of_classes_alone_and_counts_examples():
-    mask, model = torch.ones(1, 4), nn.Bilinear(4, 4, 3)
-    f = gm.Network(model, prune=lambda name, parameter: name == "weight")
-    right = 100 * (model(mask.expand(6, 4), X).argmax(1) == Y).float().mean().item()
-    assert gm.accuracy(f, [((mask.expand(6, 4), X), Y)]) == pytest.approx(right, abs=1e-3)
-    network = gm.Network(nn.Linear(4, 1))
-    assert gm.accuracy(network, (X, Y)) is None  # one column
-    stats = gm.Stats(1, 0.1, network)
-    for _ in range(2):
-        stats.add(torch.tensor(6e4, dtype=torch.float16), None, (torch.ones(1), X), Y)
-    assert stats.row(X)["loss"] == pytest.approx(6e4, rel=1e-3)  # by the examples of y, in float32
-
-
-def test_a_head_can_stay_dense_and_embeddings_can_be_pruned():
-    with pytest.warns(UserWarning, match="only 48 of 109"):
-        f = gm.Network(Tied(), prune=lambda name, parameter: name in ("embed.weight", "a.bias"))
-    assert (f.names, f.sizes) == (["embed.weight", "a.bias"], [42, 6])
-    assert not {"out.weight", "embed.weight", "a.bias"} & set(f.rest())  # tied, so pruned with it
-    gm.mine(f, (torch.randint(9, (8, 5)) % 7, torch.randint(7, (8,))), sparsity=0.5, epochs=2)
-
-
-def test_what_would_be_left_out_silently_is_said():
+def test_networks_that_cannot_be_pruned_well_are_named():
     pruned, normed = nn.Linear(4, 3, bias=False), nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
     lstm = nn.utils.spectral_norm(nn.LSTM(4, 3), "weight_hh_l0")
     for model, word in ((nn.Sequential(nn.Linear(4, 4), pruned), "layer '1'.*prune.remove"), (normed, "layer '0'"),
-                        (nn.ModuleList([lstm]), "layer '0'"), (nn.LazyLinear(3), "lazy")):  # fmt: skip
-        for prune in (None, lambda name, parameter: parameter.dim() == 2):
-            with pytest.raises(ValueError, match=word):
-                gm.Network(model, prune)
-    with pytest.warns(UserWarning, match="only 12 of 115 parameters"):
-        gm.Network(nn.Sequential(nn.Embedding(25, 4), nn.Linear(4, 3)))
+                        (nn.ModuleList([lstm]), "layer '0'"), (nn.LazyLinear(3), "lazy"),
+                        (nn.Embedding(5, 6), "nothing to prune")):  # fmt: skip
+        with pytest.raises(gm.InputError, match=word):
+            gm.Network(model)
+    with pytest.warns(UserWarning, match="only 48 of 109"):
+        gm.Network(Tied(), embedding)
 
 
 class Named(nn.Module):
@@ -634,12 +539,13 @@ class Named(nn.Module):
         super().__init__()
         self.fc = nn.Linear(4, 3)
 
-    def forward(self, inputs, scale):
-        return {"logits": self.fc(inputs * scale[:, None])}
+    def forward(self, scale, inputs):
+        return {"logits": self.fc(inputs * scale)}
 
 
-def test_batches_and_outputs_of_every_kind_are_learned_alike():
-    x, scale, y = torch.randn(40, 4), torch.rand(40), torch.randint(3, (40,))
+def test_batches_and_outputs_of_every_kind_are_learned():
+    """Arguments by name or in order, arrays, labels in a dict: as plain tensors are. There is no accuracy then."""
+    x, scale, y = torch.randn(40, 4), torch.rand(40, 1), torch.randint(3, (40,))
     inputs, rows = {"inputs": x, "scale": scale}, []
     torch.manual_seed(0)
     model, kw = Named(), {"sparsity": 0.5, "epochs": 2, "batch_size": 16}
@@ -648,69 +554,55 @@ def test_batches_and_outputs_of_every_kind_are_learned_alike():
         return F.cross_entropy(out["logits"], y["classes"] if isinstance(y, dict) else y)
 
     numpy = {name: t.double().numpy() for name, t in inputs.items()}
-    scores = [gm.mine(model.fc, (x * scale[:, None], y), **kw).p]
-    for data in ((inputs, y), ((x, scale), y), ([x, scale], y), (numpy, y.int().numpy()), (inputs, {"classes": y})):
+    scores = [gm.mine(model.fc, data, **kw).p for data in ((x * scale, y), [x * scale, y])]
+    for data in ((inputs, y), ((scale, x), y), ([scale, x], y), (numpy, y.int().numpy()), (inputs, {"classes": y})):
         scores.append(gm.mine(model, data, criterion=criterion, on_epoch=lambda row, *_: rows.append(row), **kw).p)
     gem = gm.mine(model, [(inputs, {"classes": y})], criterion=criterion, **{**kw, "epochs": 1})  # batches of it
-    gm.finetune(model, gem.w, gem.q, [((x, scale), y)], epochs=1, criterion=criterion)
+    gm.finetune(model, gem.w, gem.q, [((scale, x), y)], epochs=1, criterion=criterion)
     assert all(torch.allclose(p, scores[0], atol=1e-5) for p in scores)
     assert {row["train_acc"] for row in rows} == {None}
     assert gm.accuracy(model, (inputs, y)) is None
 
 
-@pytest.mark.parametrize("train, word", [
-    ([(X, Y, Y)], "batches"), ((X, Y, Y), "batches"), (X, "batches"), ([{"x": X, "y": Y}], "batches"),
-    ([(x, y) for x, y in zip(X, Y)], "batches"), ([(x, int(y)) for x, y in zip(X, Y)], "batches"),
-    (torch.utils.data.TensorDataset(X, Y), "DataLoader"), ((X, Y.tolist()), "tensors or arrays"),
-    (({"inputs": X, "scale": X[:5]}, Y), "6 inputs"), (None, "NoneType"), ([{"x": X}, {"x": X}], "batches"),
-])  # fmt: skip
-def test_what_is_no_data_is_refused_in_a_line(train, word):
-    with pytest.raises(ValueError, match=word):
-        gm.mine(nn.Linear(4, 3), train, sparsity=0.5, epochs=1)
+def test_figures_count_examples_in_float32():
+    """The examples are those of y: an input may have another length. Neither regression nor one column has classes."""
+    model, rows = nn.Bilinear(4, 4, 3), []
+    f = gm.Network(model, prune=lambda name, parameter: name == "weight")
+    right = 100 * (model(X, X).argmax(1) == Y).float().mean().item()
+    assert gm.accuracy(f, [((X, X), Y)]) == pytest.approx(right, abs=1e-3)
+    named, broadcast = Named(), torch.ones(1, 1)
+    named.forward = lambda scale, inputs: Named.forward(named, scale, inputs)["logits"]
+    assert gm.accuracy(named, [((broadcast, X), Y)]) <= 100
+    assert gm.accuracy(nn.Linear(4, 1), (X, Y)) is None
+    assert gm.accuracy(nn.Linear(4, 2), (X, X[:, :2])) is None
+    how = {"criterion": lambda out, y: (0 * out.sum() + 6e4).half(), "on_epoch": lambda row, *_: rows.append(row)}
+    gm.mine(nn.Linear(4, 3), [(X, Y)] * 2, sparsity=0.5, epochs=1, **how)
+    assert rows[0]["loss"] == pytest.approx(6e4, rel=1e-3)
 
 
-def test_scores_are_not_swallowed_by_bfloat16():
-    """Steps of 1e-4 are far below bfloat16's resolution at 0.5."""
-    model, data = nn.Linear(4, 3).bfloat16(), (X.bfloat16(), Y)
-    f, one = gm.Network(model), gm.mine(model, data, sparsity=1, epochs=1, lr=1e-4, lam=0)
-    gm.reseed(0, "init")
-    gm.signed_constant(f)
-    moved = (one.p - torch.rand(f.d)).abs()
-    assert one.p.dtype == one.w.dtype == torch.float32
-    assert 0 < moved.max() < 1e-3
-    bias, single = model.bias.clone(), nn.Linear(4, 3)
+def test_bfloat16_swallows_no_small_steps():
+    """Steps of 1e-4 are far below its resolution at 0.5: so scores, weights and biases are learned in float32."""
+    model, data, single = nn.Linear(4, 3).bfloat16(), (X.bfloat16(), Y), nn.Linear(4, 3)
+    gem = gm.mine(model, data, sparsity=1, epochs=1, lr=1e-4, lam=0)
+    assert gem.p.dtype == gem.w.dtype == torch.float32
+    assert not torch.equal(gem.p, gem.p.bfloat16().float())
     single.load_state_dict(model.state_dict())
-    v = gm.finetune(model, one.w, one.q, data, epochs=200, lr=1e-4)
-    gm.finetune(single, one.w, one.q, (X, Y), epochs=200, lr=1e-4)
-    assert torch.equal(f.vector(), v.bfloat16().float())
-    assert not torch.equal(model.bias, bias)
-    assert torch.allclose(model.bias.float(), single.bias, atol=0.003)
+    before = model.bias.float()
+    v = gm.finetune(model, gem.w, gem.q, data, epochs=100, lr=2e-4)
+    gm.finetune(single, gem.w, gem.q, (X, Y), epochs=100, lr=2e-4)
+    assert torch.equal(gm.Network(model).vector(), v.bfloat16().float())
+    assert (model.bias.float() - single.bias).abs().max() < 0.003 < (before - single.bias).abs().max()
 
 
-def test_checkpointed_blocks_get_the_right_gradient():
-    block, head, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3), X
-    plain = nn.Sequential(block, head)
-    saving = copy.deepcopy(plain)
-    inner = saving[0].forward
-    saving[0].forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
-    grads = []
-    for training, model in itertools.product((True, False), (plain, saving)):
-        f = gm.Network(model)
-        v = torch.linspace(-1, 1, f.d).requires_grad_()
-        F.cross_entropy(f.train(training)(v, x), Y).backward()
-        grads.append(v.grad)
-    assert all(torch.allclose(grads[0], grad) for grad in grads)
-    before = f.vector()
-    f(torch.zeros(f.d), x)
-    assert torch.equal(f.vector(), before)  # without a gradient, the model is as it was
+class Unsized:
+    def __iter__(self):
+        return iter([(X, Y)] * 9)
 
 
-def test_a_search_can_be_stopped_and_goes_on_only_from_its_own_state():
-    model, states, kw = nn.Linear(4, 3), [], {"sparsity": 0.2, "epochs": 6, "lr": 1}
-
-    class Unsized:
-        def __iter__(self):
-            return iter([(X, Y)] * 9)
+@pytest.mark.parametrize("how", [{}, {"optimizer": gm.adam, "r": gm.round_random, "lam": 1e-3}], ids=["sgd", "adam"])
+def test_a_search_stopped_goes_on_as_if_not(how):
+    """But only from a state of its own."""
+    model, states, kw = nn.Linear(4, 3), [], {"sparsity": 0.2, "epochs": 6, "lr": 1, **how}
 
     def on_epoch(row, v, state):
         states.append(copy.deepcopy(state))
@@ -720,76 +612,69 @@ def test_a_search_can_be_stopped_and_goes_on_only_from_its_own_state():
     gm.mine(model, Unsized(), on_epoch=on_epoch, **kw)
     gm.finetune(model, whole.w, whole.q, (X, Y), epochs=5, on_epoch=on_epoch)
     assert [state["epoch"] for state in states] == [1, 2, 1, 2]
-    with pytest.raises(ValueError, match="its names is"):
-        gm.mine(nn.Sequential(model), Unsized(), state=states[1], **kw)
     assert torch.equal(gm.mine(model, Unsized(), state=states[1], **kw).p, whole.p)
-    for change, word in (({"sparsity": 0.4}, "sparsity"), ({"epochs": 5}, "epochs"), ({"seed": 1}, "seed")):
-        with pytest.raises(ValueError, match=f"its {word} is"):
-            gm.mine(model, (X, Y), state=states[1], **{**kw, **change})
-    with pytest.raises(ValueError, match="its d is 12, not 8"):
-        gm.mine(nn.Linear(4, 2), (X, Y % 2), state=states[1], **kw)
-    with pytest.raises(ValueError, match="its size is 12, not 8"):
+    for net, change, word in (
+        (model, {"sparsity": 0.4}, "sparsity"), (model, {"epochs": 5}, "epochs"), (model, {"seed": 1}, "seed"),
+        (nn.Sequential(model), {}, "names"), (nn.Linear(4, 2), {}, "d is 12, not 8"),
+    ):  # fmt: skip
+        with pytest.raises(gm.InputError, match=f"its {word}"):
+            gm.mine(net, (X, Y % 2), state=states[1], **{**kw, **change})
+    with pytest.raises(gm.InputError, match="its size is 12, not 8"):
         gm.finetune(nn.Linear(4, 2), torch.ones(8), torch.ones(8), (X, Y % 2), epochs=5, state=states[3])
 
 
-def test_a_schedule_is_asked_once_an_epoch_and_none_leaves_all_rates_alone():
-    asked, rates, model = [], [], nn.Linear(4, 3)
+def test_a_schedule_sets_all_rates_and_none_leaves_them():
+    rates = []
 
     def optimizer(params, lr):
         return torch.optim.AdamW([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": lr}])
 
-    for schedule in (None, lambda eta, j, E: asked.append(j) or eta):
+    for schedule in (None, lambda eta, j, E: eta * j):
         gm.finetune(
-            model, torch.ones(12), torch.ones(12), (X, Y), epochs=2, lr=0.3, optimizer=optimizer, schedule=schedule,
+            nn.Linear(4, 3), torch.ones(12), torch.ones(12), (X, Y), epochs=2, lr=3, optimizer=optimizer,
+            schedule=schedule,
             on_epoch=lambda row, v, state: rates.append([g["lr"] for g in state["optimizer"]["param_groups"]]),
         )  # fmt: skip
-    assert asked == [1, 2]
-    assert rates == 2 * [[0.1, 0.3]] + 2 * [[0.3, 0.3]]
+    assert rates == [[0.1, 3], [0.1, 3], [3, 3], [6, 6]]
 
 
-@pytest.mark.parametrize("kind", ["tensors", "loader", "iterable"])
-def test_lambda_by_itself_reaches_the_density_in_half_the_epochs(kind):
-    """Where the loss moves no score (every input is 0), r(p) * q is as dense as wanted after every epoch."""
-    x, y, seen = torch.zeros(200, 50), torch.zeros(200).long(), []
+@pytest.mark.parametrize("kind", ["tensors", "batches", "unsized"])
+def test_lambda_by_itself_reaches_the_density(kind):
+    """In half of the epochs. The loss moves no score (inputs are 0), so r(p) * q is as dense as wanted each time."""
+    x, y, seen = torch.zeros(100, 40), torch.zeros(100).long(), []
     batches = list(zip(x.split(2), y.split(2)))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2)
 
     class Iterable:
         def __iter__(self):
             return iter(batches)
 
-    train = {"tensors": (x, y), "loader": loader, "iterable": Iterable()}[kind]
     gem = gm.mine(
-        nn.Linear(50, 40, bias=False), train, sparsity=0.05, epochs=10, period=3, batch_size=2,
-        on_epoch=lambda row, v, state: seen.append((row["m"] / 2000, row["lam"])),
+        nn.Linear(40, 40, bias=False), {"tensors": (x, y), "batches": batches, "unsized": Iterable()}[kind],
+        sparsity=0.02, epochs=10, period=3, batch_size=2,
+        on_epoch=lambda row, v, state: seen.append((row["m"] / 1600, row["lam"])),
     )  # fmt: skip
     for j, (density, lam) in enumerate(seen, 1):
-        wanted = 0.05 ** min(1, j / 5)
-        if j > 1 and wanted < 0.5:  # uniform scores leave half of the weights by themselves
-            assert density == pytest.approx(wanted, rel=0.15)
+        wanted = 0.02 ** min(1, j / 5)
+        if j == 1 and kind == "unsized":  # the steps of an epoch are not known yet
+            assert lam == 0
+        else:
+            assert density == pytest.approx(wanted, rel=0.3)
             assert lam > 0 or j > 5
-    assert gem.q.sum() == 100
-    assert seen[0][1] == 0 or kind != "iterable"
+    assert gem.q.sum() == 32
 
 
-def test_lambda_by_itself_does_not_overshoot_in_few_steps():
+def test_lambda_by_itself_does_not_overshoot():
     """With ten steps an epoch, most of what a lambda does comes later, by momentum."""
     x, y = torch.zeros(200, 50), torch.zeros(200).long()
     gem = gm.mine(nn.Linear(50, 40, bias=False), (x, y), sparsity=0.05, epochs=10, period=3, batch_size=20)
     assert gem.m.sum() == gem.q.sum() == 100
 
 
-def test_lambda_by_itself_is_for_what_it_was_derived_for():
-    for kw in ({"optimizer": gm.adam}, {"norm": gm.l1}, {"r": gm.round_random}):
-        with pytest.raises(ValueError, match="give lambda as a number"):
-            gm.mine(tiny(), tiny_batches(), sparsity=0.5, **kw)
-
-
 # --- weights, schedules, finetuning and the checks --------------------------------------------------------------
 
 
-def test_initial_weights():
-    """Signed constants and Kaiming normal: sqrt(2 / fan_in) of each layer, worked out by hand for ResNet-20."""
+def test_initial_weights_and_their_new_draw():
+    """sqrt(2 / fan_in) of each layer, worked out by hand for ResNet-20; reinit draws others of the same distribution."""
     f = gm.Network(models.resnet20())
     w, normal = f.views(gm.signed_constant(f)), f.views(gm.kaiming_normal(f))
     for name, std in (("conv1", 0.2721655), ("layer2.2.conv2", 0.0833333), ("fc", 0.1767767)):
@@ -797,18 +682,21 @@ def test_initial_weights():
         assert abs(w[f"{name}.weight"].sign().mean()) < 0.2
         assert normal[f"{name}.weight"].std().item() == pytest.approx(std, rel=0.1)
     assert torch.equal(gm.given(f), f.vector())
+    w = gm.mine(f, (torch.randn(2, 3, 8, 8), torch.arange(2)), sparsity=0.5, epochs=1, seed=1).w
+    drawn = gm.reinit(f, seed=1)
+    assert torch.equal(drawn.abs(), w.abs())
+    assert (drawn == w).float().mean() == pytest.approx(0.5, abs=0.01)  # of the same seed, but not the same
+    assert torch.equal(drawn, gm.reinit(f, seed=1))
+    assert len(gm.reinit(f, gm.kaiming_normal).unique()) > 1000
 
 
-def test_cosine_is_torchs():
+def test_schedules_are_torchs_cosine_and_table_15():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
     for j in range(1, 31):
         assert gm.cosine(0.1, j, 30) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
-
-
-def test_multistep_is_table_15():
     rates = [gm.multistep(0.01, j, 150) for j in range(1, 151)]
     assert rates == pytest.approx([0.01] * 80 + [0.001] * 40 + [0.0001] * 30)
     assert [gm.multistep(1.0, j, 2, (0.1, 0.8)) for j in (1, 2)] == pytest.approx([1.0, 0.1])
@@ -828,17 +716,12 @@ def test_finetune_is_masked_sgd():
     assert torch.equal(f.vector(), result)
     assert torch.allclose(model.bn.weight, twin.bn.weight, atol=1e-10)  # what is not pruned is trained too
     assert torch.allclose(model.conv.bias, twin.conv.bias, atol=1e-10)
+    for bad in ((w, m[:1]), (w[:1], m), (w, 0 * m + 0.5)):
+        with pytest.raises(gm.InputError, match="vectors of 42 numbers"):
+            gm.finetune(model, *bad, batches, epochs=1)
 
 
-@pytest.mark.parametrize("w, m", [
-    (torch.ones(42), torch.ones(1)), (torch.ones(1), torch.ones(42)), (torch.ones(42), torch.full((42,), 0.5)),
-])  # fmt: skip
-def test_finetune_refuses_what_is_no_mask(w, m):
-    with pytest.raises(ValueError, match="vectors of 42 numbers"):
-        gm.finetune(tiny(), w, m, tiny_batches(), epochs=1)
-
-
-def test_shuffling_keeps_the_counts_of_the_layers_alone():
+def test_shuffling_keeps_the_counts_of_the_layers():
     f = gm.Network(models.resnet20())
     torch.manual_seed(0)
     m = (torch.rand(f.d) < 0.1).float()
@@ -847,16 +730,6 @@ def test_shuffling_keeps_the_counts_of_the_layers_alone():
     assert torch.equal(mixed, gm.shuffle(f, m, seed=1))
     assert not torch.equal(mixed, gm.shuffle(f, m, seed=2))
     assert (mixed * m).sum() / m.sum() == pytest.approx(0.1, abs=0.02)  # places in common by chance
-
-
-def test_reinitialisation_is_a_new_draw():
-    f = gm.Network(models.resnet20())
-    w = gm.mine(f, (torch.randn(2, 3, 8, 8), torch.arange(2)), sparsity=0.5, epochs=1, seed=1).w
-    drawn = gm.reinit(f, seed=1)
-    assert torch.equal(drawn.abs(), w.abs())
-    assert (drawn == w).float().mean() == pytest.approx(0.5, abs=0.01)  # of the same seed, but not the same
-    assert torch.equal(drawn, gm.reinit(f, seed=1))
-    assert len(gm.reinit(f, gm.kaiming_normal).unique()) > 1000
 
 
 def test_reestimated_statistics_are_the_mean_over_batches():
@@ -875,12 +748,10 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     assert not net.training
 
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="batches"):  # after a good one
+    with pytest.raises(gm.InputError, match="batches"):  # after a good one
         gm.reestimate(net, v, [(parts[0], torch.zeros(20)), parts[1], parts[2]])
     net[1].train = lambda mode: net[1]  # frozen by its owner
     gm.reestimate(net, v, [(parts[2], torch.zeros(20))])
-    with pytest.raises(ValueError, match="no batch"):
-        gm.reestimate(net, v, iter(()))
     assert same(net.state_dict(), before)
     assert net[1].momentum == 0.1
     assert not net.training
@@ -911,14 +782,7 @@ def test_batched_crop_and_flip_are_the_per_image_ones():
     [(x, y)] = gm.Batches(split, (mean, std), 10)  # those to test on: in order, as they are
     assert y.tolist() == list(range(10))
     assert torch.allclose(x, tv.normalize(split.x.permute(0, 3, 1, 2).float(), mean, std))
-
-
-def test_no_batch_of_one_reaches_batchnorm():
-    split = gm.Split(torch.zeros(9, 4, 4, 3, dtype=torch.uint8), torch.arange(9))
-    batches = gm.Batches(split, ([0.0] * 3, [1.0] * 3), 4, train=True)
-    assert [len(y) for _, y in batches] == [4, 5]
-    assert len(batches) == 2
-    assert [len(y) for _, y in gm.minibatches(gm.Network(tiny()), (split.x, split.y), 8)] == [9]
+    assert [len(y) for _, y in gm.Batches(split, (mean, std), 3, train=True)] == [3, 3, 4]  # BatchNorm fails on one
 
 
 def test_pixel_stats():
@@ -964,84 +828,42 @@ def make_folder(root, train=6, test=4, size=(8, 8), classes=("cat", "dog")):
     return root
 
 
-def cifar_archive(folder, cls, monkeypatch, n=3):
-    """CIFAR's real format: a tar.gz of pickled dicts of uint8 rows, red plane first. Its md5s become the right ones.
-
-    Returns the rows of the training images.
-    """
-    labels = "fine_labels" if cls is torchvision.datasets.CIFAR100 else "labels"
-    rows = [torch.randint(256, (n, 3072), dtype=torch.uint8) for _ in cls.train_list + cls.test_list]
-    files = {cls.meta["filename"]: {cls.meta["key"]: [f"class{i}" for i in range(100 if "fine" in labels else 10)]}}
-    for k, (name, _) in enumerate(cls.train_list + cls.test_list):
-        files[name] = {"data": rows[k].numpy(), labels: [(k + i) % 10 for i in range(n)]}
-    md5 = {}
-    with tarfile.open(folder / cls.filename, "w:gz") as tar:
-        for name, content in files.items():
-            (folder / name).write_bytes(pickle.dumps(content))
-            md5[name] = tv_utils.calculate_md5(folder / name)
-            tar.add(folder / name, f"{cls.base_folder}/{name}")
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(cls, part, [[name, md5[name]] for name, _ in getattr(cls, part)])
-    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5[cls.meta["filename"]]})
-    monkeypatch.setattr(cls, "tgz_md5", tv_utils.calculate_md5(folder / cls.filename))
-    return torch.cat(rows[: len(cls.train_list)])
-
-
-def no_network(monkeypatch, serve=None):
-    """Downloads fail, but those from serve = {part of the address: file}. Returns the list of what was asked for."""
-    asked = []
-
-    def urlopen(request, *args, **kw):
-        asked.append(getattr(request, "full_url", request))
-        for part, path in (serve or {}).items():
-            if part in asked[-1]:
-                response = io.BytesIO(path.read_bytes())
-                response.url, response.length, response.headers = asked[-1], path.stat().st_size, {}
-                return response
+def no_network(monkeypatch):
+    def urlopen(*args, **kw):
         raise urllib.error.URLError("no network in tests")
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    return asked
 
 
-@pytest.mark.parametrize("name, cls, classes", [
-    ("cifar10", torchvision.datasets.CIFAR10, 10), ("cifar100", torchvision.datasets.CIFAR100, 100),
-])  # fmt: skip
-def test_cifar_from_an_archive_put_there_by_hand(name, cls, classes, tmp_path, monkeypatch):
-    asked = no_network(monkeypatch)
-    rows = cifar_archive(tmp_path, cls, monkeypatch)
-    for _ in range(2):  # unpacked the first time, found the second
-        data = gm.load_data(name, tmp_path)
-        assert (data.classes, data.pad, len(data.test.y)) == (classes, 4, 3)
-        assert torch.equal(data.train.x.permute(0, 3, 1, 2).flatten(1), rows)
-        assert data.train.y[:3].tolist() == [0, 1, 2]
-    assert not asked
+def test_cifar10_comes_from_elsewhere_if_a_mirror_fails(monkeypatch):
+    asked = []
 
+    class CIFAR10:
+        url, classes = "the original host", list("abcdefghij")
 
-def test_cifar10_tries_the_mirror_first_and_checks_what_it_sends(tmp_path, monkeypatch):
-    cls = torchvision.datasets.CIFAR10
-    cifar_archive(tmp_path, cls, monkeypatch)
-    broken = tmp_path / "broken"
-    broken.write_bytes(b"not what it should be")
-    asked = no_network(monkeypatch, {"brainchip": broken, "toronto": tmp_path / cls.filename})
-    data = gm.load_data("cifar10", tmp_path / "data")
-    assert len(data.train.y) == 15
-    assert "brainchip" in asked[0]
-    assert "toronto" in asked[-1]
+        def __init__(self, root, train, download):
+            asked.append(self.url)
+            if self.url != "the original host":
+                raise RuntimeError("not what it should be: its md5 is another")
+            self.data, self.targets = torch.full((3, 32, 32, 3), int(train), dtype=torch.uint8).numpy(), [2, 1, 0]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    data = gm.load_data("cifar10", "data")
+    assert len(asked) == 3
+    assert (data.classes, data.pad, data.test.y.tolist()) == (10, 4, [2, 1, 0])
+    assert data.train.x.all()
+    assert not data.test.x.any()
 
 
 def test_tinyimagenet_from_its_zip(tmp_path, monkeypatch):
-    jpeg = io.BytesIO()
+    jpeg, wnids = io.BytesIO(), ("n01443537", "n01629819")
     picture(0, (64, 64)).save(jpeg, "JPEG")
     with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as file:
-        for wnid in ("n01443537", "n01629819"):
-            for i in range(2):
-                file.writestr(f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG", jpeg.getvalue())
-            file.writestr(f"tiny-imagenet-200/train/{wnid}/{wnid}_boxes.txt", f"{wnid}_0.JPEG\t0\t0\t9\t9\n")
-        labels = ""
-        for i, wnid in enumerate(("n01629819", "n01443537", "n01629819")):
+        for wnid, i in itertools.product(wnids, range(2)):
+            file.writestr(f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG", jpeg.getvalue())
+        for i in range(3):
             file.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", jpeg.getvalue())
-            labels += f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n"
+        labels = "".join(f"val_{i}.JPEG\t{wnids[k]}\t0\t0\t9\t9\n" for i, k in enumerate((1, 0, 1)))
         file.writestr("tiny-imagenet-200/val/val_annotations.txt", labels)
     no_network(monkeypatch)
     monkeypatch.setattr(tv_utils, "check_md5", lambda *args, **kw: True)
@@ -1057,10 +879,8 @@ def test_caltech101_from_its_folder(tmp_path, monkeypatch):
         home.mkdir(parents=True)
         for i in range(1, n + 1):
             picture(i, (20 + i, 30)).convert("L" if i == 1 else "RGB").save(home / f"image_{i:04}.jpg")
-    (tmp_path / "caltech101" / "Annotations").mkdir()
     no_network(monkeypatch)
-    (home / "Thumbs.db").touch()
-    with pytest.warns(UserWarning, match="2 categories, not 101|1 files"):
+    with pytest.warns(UserWarning, match="2 categories, not 101"):
         data, held = gm.load_data("caltech101", tmp_path), gm.load_data("caltech101", tmp_path, held_out=True)
     assert data.train.x.shape == (6, 224, 224, 3)  # 60%, and 20% each
     assert (len(data.test.y), len(held.test.y)) == (2, 2)
@@ -1078,39 +898,38 @@ def test_folder_of_images(tmp_path):
     assert torch.equal(data.train.x[9], tv.pil_to_tensor(picture(103)).permute(1, 2, 0))
     assert gm.load_data(f"folder:{tmp_path}", None, image_size=16).test.x.shape == (8, 16, 16, 3)
     shutil.copytree(tmp_path / "test", tmp_path / "val")
+    (tmp_path / "val" / "dog" / "003.png").unlink()
+    assert [len(gm.load_data(f"folder:{tmp_path}", None, held_out=out).test.y) for out in (False, True)] == [8, 7]
     shutil.rmtree(tmp_path / "test" / "dog")  # no labels: val serves, also as the validation set
-    (tmp_path / "test" / "unknown").mkdir()
     with pytest.warns(UserWarning, match="test is left out"):
         for out in (False, True):
             data = gm.load_data(f"folder:{tmp_path}", None, held_out=out)
-            assert (len(data.train.y), len(data.test.y)) == (12, 8)
+            assert (len(data.train.y), len(data.test.y)) == (12, 7)
     shutil.rmtree(tmp_path / "test")
-    assert len(gm.load_data(f"folder:{tmp_path}", None).test.y) == 8
+    assert len(gm.load_data(f"folder:{tmp_path}", None).test.y) == 7
 
 
 def test_folders_as_people_have_them(tmp_path):
+    """Hidden files, other files, links, and pictures that a camera took turned."""
     make_folder(tmp_path)
     for hidden in (".ipynb_checkpoints/000.png", "dog/.ipynb_checkpoints/000.png", "dog/._000.png"):
         (tmp_path / "train" / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / "train" / hidden).write_bytes(b"not a picture")
-    for other in ("1.jfif", "2.GIF", "3.avif"):
-        (tmp_path / "train" / "cat" / other).touch()
-    upright = picture(7, (8, 8))
-    (tmp_path / "train" / "5.png").touch()
+    for other in ("cat/1.jfif", "cat/2.GIF", "5.png"):
+        (tmp_path / "train" / other).touch()
     (tmp_path / "train" / "dog").rename(tmp_path / "dog")
     (tmp_path / "train" / "dog").mkdir()
     (tmp_path / "train" / "dog" / "link").symlink_to(tmp_path / "dog")
-    turns = {3: 180, 6: 90, 8: -90}
-    for (orientation, turn), kind in itertools.product(turns.items(), ("000.png", "000.tif")):
-        exif = tv_folder.Image.Exif()
+    (tmp_path / "dog" / "000.png").unlink()
+    for orientation, turn, kind in ((3, 180, "png"), (6, 90, "png"), (8, -90, "png"), (6, 90, "tif")):
+        exif, path = tv_folder.Image.Exif(), tmp_path / "dog" / f"000.{kind}"
         exif[0x0112] = orientation
-        (tmp_path / "dog" / "000.png").unlink(missing_ok=True)
-        (tmp_path / "dog" / "000.tif").unlink(missing_ok=True)
-        upright.rotate(turn).save(tmp_path / "dog" / kind, exif=exif)
-        with pytest.warns(UserWarning, match="4 files"):
+        picture(7).rotate(turn).save(path, exif=exif)
+        with pytest.warns(UserWarning, match="3 files"):
             data = gm.load_data(f"folder:{tmp_path}", None)
+        path.unlink()
         assert (data.classes, len(data.train.y)) == (2, 12)
-        assert torch.equal(data.train.x[6], tv.pil_to_tensor(upright).permute(1, 2, 0))
+        assert torch.equal(data.train.x[6], tv.pil_to_tensor(picture(7)).permute(1, 2, 0))
 
 
 # --- the paper's settings -------------------------------------------------------------------------------------
@@ -1121,7 +940,7 @@ def test_settings_are_the_papers():
     assert at("resnet20", "cifar10", 0.0144)[3:] == (150, 128, 5, "sgd", 0.1, 1e-4, 0.01, (80, 120))
     assert at("resnet20", "cifar10", 0.6)[3:] == (150, 128, 8, "sgd", 0.05, 1e-8, 0.1, (80, 120))
     assert at("resnet20", "cifar10", 0.03).sparsity == 0.0373
-    assert at("resnet20", "cifar10", 0.006).sparsity == 0.0059
+    assert at("resnet20", "cifar10", 0.0096).sparsity == 0.0144  # by ratio
     assert at("mobilenetv2", "cifar10", 0.0144).lam == 1.5e-5
     assert at("vgg16", "cifar10", 0.01).optimizer == "adam"
     assert at("resnet18", "tinyimagenet", 0.05)[3:8] == (200, 256, 5, "adam", 0.001)
@@ -1134,25 +953,19 @@ def settings(flags):
     return gm.complete(gm.arguments(gm.parser(), shlex.split(flags)))
 
 
-@pytest.mark.parametrize("flags, period", [
-    ("", 5), ("--epochs 60", 2), ("--epochs 10", 1), ("--epochs 3000", 100), ("--epochs 3000 --period 150", 150),
+@pytest.mark.parametrize("flags, period, lam", [
+    ("", 5, 1e-4), ("--sparsity 0.0145", 5, 1e-4), ("--epochs 150", 5, 1e-4), ("--epochs 60 --lam 0.5", 2, 0.5),
+    ("--epochs 10", 1, "auto"), ("--epochs 3000 --period 150", 150, "auto"), ("--sparsity 0.03", 5, "auto"),
+    ("--batch-size 64", 5, "auto"), ("--lam auto", 5, "auto"), ("--dataset cifar100", 5, "auto"),
+    ("--model vgg16 --epochs 20", 1, 1e-6), ("--epochs 20 --penalty l1", 1, 1e-4),
 ])  # fmt: skip
-def test_the_period_shrinks_with_the_epochs(flags, period):
-    assert settings(flags).period == period
-
-
-@pytest.mark.parametrize("flags, lam", [
-    ("", 1e-4), ("--sparsity 0.0145", 1e-4), ("--epochs 150", 1e-4), ("--epochs 20 --lam 0.5", 0.5),
-    ("--epochs 20", "auto"), ("--sparsity 0.03", "auto"), ("--batch-size 64", "auto"), ("--lam auto", "auto"),
-    ("--dataset cifar100", "auto"), ("--model vgg16 --epochs 20", 1e-6), ("--epochs 20 --penalty l1", 1e-4),
-])  # fmt: skip
-def test_lambda_is_the_papers_in_its_own_runs_alone(flags, lam):
-    assert settings(flags).lam == lam
+def test_period_and_lambda_where_not_given(flags, period, lam):
+    """The period scales with the epochs; lambda is the paper's in its own runs alone."""
+    args = settings(flags)
+    assert (args.period, args.lam) == (period, lam)
 
 
 # --- the command line -----------------------------------------------------------------------------------------
-
-PHASES = ["mine", "finetune", "shuffle", "reinit", "mine inverted", "invert"]
 
 
 @pytest.fixture(scope="module")
@@ -1185,11 +998,13 @@ def finished(pictures, tmp_path_factory):
     return types.SimpleNamespace(out=out, shown=shown.getvalue(), said=said.getvalue(), **artefacts(out))
 
 
-def test_a_run_leaves_its_figures(finished):
+def test_a_run_leaves_and_shows_its_figures(finished):
     files = "mine.pt finetune.pt shuffle.pt reinit.pt mine-inverted.pt invert.pt gem.pt log.jsonl result.json"
     assert {path.name for path in finished.out.iterdir()} == set(files.split())
     result, rows, kept = finished.result, finished.rows, round(0.3 * 267_824)
-    assert [(row["phase"], row["epoch"]) for row in rows] == [(phase, j) for phase in PHASES for j in (1, 2)]
+    phases = ["mine", "finetune", "shuffle", "reinit", "mine inverted", "invert"]
+    assert [(row["phase"], row["epoch"]) for row in rows] == [(phase, j) for phase in phases for j in (1, 2)]
+    assert len({row["loss"] for row in rows if "mine" not in row["phase"]}) == 8  # each check trains something else
     assert result["total"] == sum(layer["total"] for layer in result["layers"]) == 267_824
     assert result["kept"] == result["kept_q"] == sum(layer["kept"] for layer in result["layers"]) == kept
     assert result["kept_m"] == rows[1]["m"] < kept
@@ -1201,8 +1016,11 @@ def test_a_run_leaves_its_figures(finished):
         error = (acc * (100 - acc) / 20 + its * (100 - its) / 20) ** 0.5  # of 20 test images
         expected = {"post_finetune_acc": its, "kept": kept, "passed": acc - its > 3 * error}
         assert result["checks"][name] == expected
-    assert {"model", "dataset", "method", "sparsity", "epochs", "seed", "device", "torch"} < set(result)
-    assert {"python", "processor", "threads", "commit", "date"} < set(result)
+    assert {"model", "dataset", "method", "sparsity", "epochs", "seed", "torch", "processor", "commit"} < set(result)
+    assert "80,347 of 267,824 weights: 30.000%" in finished.shown
+    first = re.compile("(phase|mine|finetune|shuffle|reinit|invert) ")
+    assert len({len(line) for line in finished.shown.splitlines() if first.match(line)}) == 1  # columns
+    assert finished.said.count("\n") == finished.said.count("warning: no weight is left")
 
 
 def test_the_gem_loads_into_a_plain_module(finished, pictures):
@@ -1214,6 +1032,7 @@ def test_the_gem_loads_into_a_plain_module(finished, pictures):
         model.load_state_dict(gem[part])
         assert gm.accuracy(model, test) == pytest.approx(finished.result[acc], abs=1e-4)
     model.load_state_dict(gem["initial"])
+    assert not model.bn1.running_mean.any()  # as built
     assert same([gem["mean"], gem["std"]], [test.mean, test.std])
     assert sum(int(m.sum()) for m in gem["mask"].values()) == 80_347
     for name, m in gem["mask"].items():
@@ -1223,83 +1042,52 @@ def test_the_gem_loads_into_a_plain_module(finished, pictures):
         assert torch.equal(gem["gem"][name], w * ((p >= 0.5) & gem["q"][name]))
         assert not gem["finetuned"][name][~m].any()
     assert not torch.equal(gem["gem"]["bn1.running_var"], gem["finetuned"]["bn1.running_var"])
-
-
-def test_what_a_run_shows(finished):
-    for part in ("d = 267,824; keep 80,347 weights (30%)", "freezing every 1", "weight reinitialisation", "##########",
-                 "80,347 of 267,824 weights: 30.000%"):  # fmt: skip
-        assert part in finished.shown
-    first = re.compile("(phase|mine|finetune|shuffle|reinit|invert) ")
-    table = [line for line in finished.shown.splitlines() if first.match(line)]
-    assert len(table) == 13
-    assert len({len(line) for line in table}) == 1  # its columns stand below each other
-    assert finished.said.count("\n") == finished.said.count("warning: no weight is left")
+    f, stats = gm.Network(model), gm.pixel_stats(data.train.x)
+    model.load_state_dict(gem["gem"])
+    gm.reestimate(f, f.vector(), gm.Batches(data.train, stats, 16, train=True, pad=4), seed=1)
+    assert gm.accuracy(f, test) == finished.result["reestimated_acc"]
 
 
 def stop_after(monkeypatch, n):
     """Ctrl-C right after the n-th time that a phase's file is written."""
-    real, written = gm.write, []
+    real, written = os.replace, []
 
-    def write(path, content):
-        real(path, content)
-        if path.suffix == ".pt" and path.name != "gem.pt":
+    def replace(part, path):
+        real(part, path)
+        if str(path).endswith(".pt") and Path(path).name != "gem.pt":
             written.append(path)
             if len(written) == n:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(gm, "write", write)
+    monkeypatch.setattr(os, "replace", replace)
 
 
-@pytest.mark.parametrize("stops", [(1, 2, 3), (2, 2, 5), (7, 4), (12,)])
-def test_resumed_equals_uninterrupted(stops, finished, pictures, tmp_path, monkeypatch, capsys):
-    """Interrupted in and between phases: after 1, 3 and 6 epochs, or 2, 4 and 9, or 7 and 11, or all 12."""
-    argv, resume = command(pictures, tmp_path, "--checks"), []
-    for n in stops:
+def test_resumed_equals_uninterrupted(finished, pictures, tmp_path, monkeypatch, capsys):
+    """Interrupted in and between phases, after 1, 4, 8 and 11 epochs, and killed with half a file written.
+
+    The checks may be asked for later, and are not lost when they are not asked for again.
+    """
+    for flags, n in (("", 1), ("--resume", 3), ("--resume --checks", 4), ("--resume --checks", 3)):
         with monkeypatch.context() as patch:
             stop_after(patch, n)
-            assert gm.main(argv + resume) == 130
+            assert gm.main(command(pictures, tmp_path, flags)) == 130
         assert "--resume" in capsys.readouterr().err
-        resume = ["--resume"]
-    assert gm.main(argv + resume) == 0
-    assert same(artefacts(tmp_path), artefacts(finished.out))
 
+    def save_half(content, path, real=torch.save):
+        real(content, path)
+        os.truncate(path, path.stat().st_size // 2)
+        raise SystemExit("killed")
 
-KILLED_WHILE_WRITING = """
-import os, signal, sys
-from pathlib import Path
-import gem_miner
-
-def write_bytes(path, content, real=Path.write_bytes):
-    if path.name.startswith("reinit"):
-        real(path, content[: len(content) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path, content)
-
-Path.write_bytes = write_bytes
-gem_miner.main(sys.argv[1:])
-"""
-
-
-def test_killed_with_half_a_file_written_a_run_goes_on(finished, pictures, tmp_path):
-    argv = command(pictures, tmp_path, "--checks")
-    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *argv], cwd=HERE, capture_output=True)
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "reinit.pt").exists()
-    assert gm.main([*argv, "--resume"]) == 0
-    assert same(artefacts(tmp_path), artefacts(finished.out))
-
-
-def test_checks_can_be_added_and_are_not_lost(finished, pictures, tmp_path):
-    """And the same seed gives the same bits."""
-    assert gm.main(command(pictures, tmp_path, "--checks shuffle")) == 0
-    assert set(artefacts(tmp_path)["result"]["checks"]) == {"shuffle"}
-    for more in ("--resume --checks", "--resume"):
-        assert gm.main(command(pictures, tmp_path, more)) == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch, "save", save_half)
+        gm.main(command(pictures, tmp_path, "--resume --checks"))
+    for _ in range(2):  # the second time, nothing is left to do
+        assert gm.main(command(pictures, tmp_path, "--resume")) == 0
         assert same(artefacts(tmp_path), artefacts(finished.out))
 
 
-def test_every_check_starts_from_the_same_state_as_the_gem(pictures, tmp_path, monkeypatch):
-    """Also where weights are pretrained, which the model itself no longer holds when the inversion is mined."""
+def test_every_check_starts_from_the_same_state(pictures, tmp_path, monkeypatch):
+    """As the gem: also where weights are pretrained, which the model no longer holds when the inversion is mined."""
     built, seen, prepare = {}, {"mine": [], "finetune": []}, gm.prepare
 
     def pretrained(args):
@@ -1322,8 +1110,22 @@ def test_every_check_starts_from_the_same_state_as_the_gem(pictures, tmp_path, m
     assert same(seen["finetune"], seen["finetune"][:1] * 4)
 
 
+@pytest.mark.parametrize("flags", [
+    "--seed 2", "--period 2", "--bf16", "--optimizer adam", "--lam 0.1", "--lam auto", "--penalty l1",
+    "--rounding random", "--finetune-mask m", "--finetune-lr 0.2", "--finetune-schedule cosine",
+])  # fmt: skip
+def test_every_flag_changes_mining_or_finetuning_alone(flags, finished, pictures, tmp_path):
+    finetuning = flags.startswith("--finetune")
+    assert gm.main(command(pictures, tmp_path, flags if finetuning else f"{flags} --finetune-epochs 0")) == 0
+    gem = artefacts(tmp_path)["gem"]
+    assert same(gem["scores"], finished.gem["scores"]) == finetuning
+    assert not same(gem["finetuned"], finished.gem["finetuned"])
+    if "mask" in flags:
+        assert same(gem["mask"], {name: (p >= 0.5) & gem["q"][name] for name, p in gem["scores"].items()})
+
+
 def test_testing_less_often_changes_nothing_else(finished, pictures, tmp_path):
-    assert gm.main(command(pictures, tmp_path, "--eval-every 2")) == 0
+    assert gm.main(command(pictures, tmp_path, "--eval-every 3")) == 0
     less = artefacts(tmp_path)
     assert [row["test_acc"] is None for row in less["rows"]] == [True, False, True, False]
     for row, often in zip(less["rows"], finished.rows):
@@ -1332,33 +1134,7 @@ def test_testing_less_often_changes_nothing_else(finished, pictures, tmp_path):
     assert same(less["gem"]["finetuned"], finished.gem["finetuned"])
 
 
-def test_random_rounding_and_adam_resume_too(pictures, tmp_path, monkeypatch):
-    more = "--rounding random --optimizer adam --lr 0.05 --finetune-mask m --finetune-epochs 1"
-    assert gm.main(command(pictures, tmp_path / "a", more)) == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert gm.main(command(pictures, tmp_path / "b", more)) == 130
-    assert gm.main(command(pictures, tmp_path / "b", f"{more} --resume")) == 0
-    assert same(artefacts(tmp_path / "a"), artefacts(tmp_path / "b"))
-
-
-@pytest.mark.parametrize("flags", [
-    "--sparsity 0.1", "--image-size 16", "--val", "--seed 2", "--period 2", "--batch-size 8", "--bf16",
-    "--optimizer adam", "--lr 0.5", "--lam 0.1", "--lam auto", "--penalty l1", "--rounding random",
-    "--finetune-mask m", "--finetune-epochs 1", "--finetune-lr 0.2", "--finetune-schedule cosine",
-])  # fmt: skip
-def test_every_flag_changes_the_mining_or_the_finetuning_alone(flags, finished, pictures, tmp_path):
-    finetuning = flags.startswith("--finetune")
-    flags = flags if finetuning else f"{flags} --finetune-epochs 0"
-    assert gm.main(command(pictures, tmp_path, flags)) == 0
-    gem = artefacts(tmp_path)["gem"]
-    assert same(gem["scores"], finished.gem["scores"]) == finetuning
-    assert not same(gem["finetuned"], finished.gem["finetuned"])
-    if "mask" in flags:
-        assert same(gem["mask"], {name: (p >= 0.5) & gem["q"][name] for name, p in gem["scores"].items()})
-
-
-def test_the_transfer_task_starts_from_pretrained_weights(tmp_path, monkeypatch):
+def test_the_transfer_task_starts_from_pretrained_weights(monkeypatch):
     """--model resnet50 --dataset caltech101: torchvision's weights, affine BatchNorm, a new last layer without bias."""
     theirs = torchvision.models.resnet50()
     kind = type(torchvision.models.ResNet50_Weights.IMAGENET1K_V1)
@@ -1389,72 +1165,47 @@ def refused(argv, capsys, *words, program=gm):
 
 @pytest.mark.parametrize("flags, words", [
     ("--sparsity 0", ["KEPT"]), ("--sparsity 1.44", ["0.0144"]), ("--sparsity 1.44%", ["0.0144"]),
-    ("--sparsity 144", ["KEPT"]), ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]),
-    ("--sparsity 1e-9", ["1e-09", "weights"]), ("--spar 0.1", ["--spar"]), ("--nonsense", ["--nonsense"]),
-    ("--epochs 0", ["--epochs", "from 1"]), ("--epochs 2.5", ["--epochs"]), ("--lr nan", ["--lr"]),
-    ("--period 3", ["--period 3", "--epochs 2"]), ("--lam -1", ["--lam"]), ("--lam inf", ["--lam"]),
-    ("--batch-size 1", ["--batch-size", "from 2"]), ("--seed -1", ["--seed"]), ("--image-size 5000", ["4096"]),
-    ("--finetune-epochs -1", ["--finetune-epochs"]), ("--checks --finetune-epochs 0", ["--checks", "1 or more"]),
+    ("--sparsity abc", ["--sparsity", "abc"]), ("--sparsity nan", ["KEPT"]), ("--sparsity 1e-9", ["1e-09", "weights"]),
+    ("--spar 0.1", ["--spar"]), ("--epochs 0", ["--epochs", "from 1"]), ("--lr nan", ["--lr"]), ("--lam -1", ["--lam"]),
+    ("--period 3", ["--period 3", "--epochs 2"]), ("--batch-size 1", ["--batch-size", "from 2"]),
+    ("--image-size 5000", ["4096"]), ("--checks --finetune-epochs 0", ["--checks", "1 or more"]),
     ("--model resnet21", ["resnet21", "vgg16"]), ("--model vgg16", ["vgg16", "8 pixels", "--image-size"]),
     ("--dataset mnist", ["mnist", "cifar10", "folder:PATH"]), ("--dataset folder:/nowhere", ["/nowhere", "'train'"]),
-    ("--dataset shapes --image-size 16", ["--image-size"]), ("--optimizer rms", ["rms"]), ("--device tpu", ["tpu"]),
-    ("--device mps", ["mps", "--device cpu"]), ("--resume", ["nothing to resume"]),
+    ("--dataset shapes --image-size 16", ["--image-size"]), ("--device mps", ["mps", "--device cpu"]),
+    ("--resume", ["nothing to resume"]), ("--out {file}", ["cannot write"]), ("--out {file}/below", ["cannot write"]),
+    ("--dataset cifar10 --data-dir {out}", ["cifar-10-python.tar.gz", "by hand", "--dataset shapes"]),
+    ("--dataset caltech101 --data-dir {out}", ["101_ObjectCategories", "by hand"]),
 ])  # fmt: skip
 def test_bad_flags(flags, words, pictures, tmp_path, capsys, monkeypatch):
+    no_network(monkeypatch)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    refused(command(pictures, tmp_path / "run", flags), capsys, *words)
+    (tmp_path / "file").touch()
+    more = flags.format(file=tmp_path / "file", out=tmp_path / "data")
+    refused(command(pictures, tmp_path / "run", more), capsys, *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_folders(tmp_path, capsys):
-    argv = command(tmp_path, tmp_path / "run")
-    make_folder(tmp_path, train=2, test=1)
-    bad = tmp_path / "train" / "dog" / "001.png"
-    content = bad.read_bytes()
-    picture(0, (8, 9)).save(bad)
-    refused(argv, capsys, "001.png", "9x8", "8x8", "--image-size")
-    bad.write_bytes(content[:60])
-    refused(argv, capsys, "cannot read", "001.png", "remove it")
-    bad.write_bytes(content)
-    refused([*argv, "--val"], capsys, "4 training images are too few")
-    for mode in ("I", "I;16", "F"):  # PIL makes such pictures white
-        tv_folder.Image.new(mode, (8, 8)).save(tmp_path / "train" / "dog" / "001.tif")
-        refused(argv, capsys, "001.tif", "8-bit RGB")
-        (tmp_path / "train" / "dog" / "001.tif").unlink()
+def png_of_16_bits(path):
+    """A picture with 16 bits a channel, which PIL calls RGB."""
     bits = [b"IHDR" + struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(8 * 49)), b"IEND"]
     png = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in bits]
-    bad.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png))  # 16 bits a channel, which PIL calls RGB
-    refused(argv, capsys, "001.png", "8-bit RGB")
-    bad.write_bytes(content)
-    (tmp_path / "train" / "cow").mkdir()
-    refused(argv, capsys, "cow")
-    picture(0).save(tmp_path / "train" / "cow" / "000.png")
-    refused(argv, capsys, "same class folders", "'cow'")
-    make_folder(tmp_path / "one", classes=["cat"])
-    refused(command(tmp_path / "one", tmp_path / "run"), capsys, "two classes or more")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png))
 
 
-def test_bad_run_folders(finished, pictures, tmp_path, capsys):
-    shutil.copytree(finished.out, tmp_path / "run")
-    argv = command(pictures, tmp_path / "run")
-    refused(argv, capsys, "already holds a run", "--resume")
-    refused([*argv, "--resume", "--sparsity", "0.05"], capsys, "--sparsity is 0.3", "not 0.05")
-    refused([*argv, "--resume", "--model", "resnet32"], capsys, "--model is resnet20", "not resnet32")
-    (tmp_path / "file").write_text("")
-    refused(command(pictures, tmp_path / "file"), capsys, "cannot write")
-    refused(command(pictures, tmp_path / "file" / "below"), capsys, "cannot write")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "log.jsonl").write_text("of another program")
-    refused(command(pictures, tmp_path / "other"), capsys, "already holds")
-    assert (tmp_path / "other" / "log.jsonl").read_text() == "of another program"
-    (tmp_path / "run" / "checkpoint.pt").touch()
-
-def test_a_run_on_other_images_is_not_continued(pictures, tmp_path, capsys):
-    shutil.copytree(pictures, tmp_path / "pictures")
-    argv = command(tmp_path / "pictures", tmp_path / "run", "--finetune-epochs 0")
-    assert gm.main(argv) == 0
-    picture(77).save(tmp_path / "pictures" / "train" / "cat" / "000.png")
-    refused([*argv, "--resume"], capsys, "mine.pt", "set of images")
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: picture(0, (8, 9)).save(root / "train/dog/001.png"), ["001.png", "9x8", "8x8", "--image-size"]),
+    (lambda root: (root / "train/dog/001.png").write_bytes(b"\x89PNG"), ["cannot read", "001.png", "remove it"]),
+    (lambda root: tv_folder.Image.new("I;16", (8, 8)).save(root / "train/dog/1.tif"), ["1.tif", "8-bit RGB"]),
+    (lambda root: png_of_16_bits(root / "train/dog/001.png"), ["001.png", "8-bit RGB"]),
+    (lambda root: (root / "train/cow").mkdir(), ["'cow'", "same class folders"]),
+    (lambda root: [(root / part / "cow").mkdir() for part in ("train", "test")], ["cow has no picture"]),
+    (lambda root: [shutil.rmtree(root / part / "cat") for part in ("train", "test")], ["two classes or more"]),
+    (lambda root: make_folder(root, 0, 2, (9, 9)), ["differ in size"]),
+    (lambda root: None, ["4 training images are too few"]),
+])  # fmt: skip
+def test_bad_folders(spoil, words, tmp_path, capsys):
+    spoil(make_folder(tmp_path, train=2, test=2))
+    refused(command(tmp_path, tmp_path / "run", "--val"), capsys, *words)
 
 
 class Evil:
@@ -1467,39 +1218,33 @@ class Evil:
         return open, (str(self.path), "w")
 
 
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+def test_bad_run_folders(finished, pictures, tmp_path, capsys):
+    """Another run's, an older program's, and damaged files: these are named, and never executed."""
+    run, evil, other = tmp_path / "run", tmp_path / "evil", tmp_path / "other"
+    shutil.copytree(finished.out, run)
+    argv = command(pictures, run)
+    refused(argv, capsys, "already holds a run", "--resume")
+    refused([*argv, "--resume", "--sparsity", "0.05"], capsys, "--sparsity is 0.3", "not 0.05")
+    image = pictures / "train" / "cat" / "000.png"
+    content = image.read_bytes()
+    picture(77).save(image)
+    refused([*argv, "--resume"], capsys, "mine.pt", "set of images")
+    image.write_bytes(content)
+    other.mkdir()
+    (other / "log.jsonl").write_text("of another program")
+    refused(command(pictures, other), capsys, "already holds")
+    assert (other / "log.jsonl").read_text() == "of another program"
 
-
-def test_damaged_files_of_a_run_are_named_and_never_executed(finished, pictures, tmp_path, capsys):
-    shutil.copytree(finished.out, tmp_path / "run")
-    path, evil = tmp_path / "run" / "finetune.pt", tmp_path / "evil"
+    path = run / "finetune.pt"
     content = path.read_bytes()
+    torch.save({"settings": Evil(evil)}, tmp_path / "evil.pt")
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
-    damages = [b"", content[:1000], flipped, pickle.dumps(Evil(evil)), saved({"settings": Evil(evil)}), saved([1, 2])]
-    argv = command(pictures, tmp_path / "run", "--resume")
-    for damaged in damages:
+    for damaged in (b"", content[:1000], flipped, (tmp_path / "evil.pt").read_bytes()):
         path.write_bytes(damaged)
-        refused(argv, capsys, "finetune.pt is damaged")
+        refused([*argv, "--resume"], capsys, "finetune.pt is damaged")
         assert not evil.exists()
-    path.write_bytes(saved({"other": "content"}))
-    refused(argv, capsys, "finetune.pt")
     path.write_bytes(content)
-    assert gm.main(argv) == 0
-    assert same(artefacts(tmp_path / "run"), artefacts(finished.out))
-
-
-@pytest.mark.parametrize("name, file", [
-    ("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"),
-    ("tinyimagenet", "tiny-imagenet-200.zip"), ("caltech101", "101_ObjectCategories"),
-])  # fmt: skip
-def test_a_failed_download_says_what_to_do(name, file, tmp_path, capsys, monkeypatch):
-    no_network(monkeypatch)
-    argv = ["--dataset", name, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    refused(argv, capsys, file, "by hand", "--dataset shapes")
 
 
 @pytest.mark.parametrize("error, word", [
@@ -1517,31 +1262,6 @@ def test_what_stops_a_step_is_one_line(error, word, pictures, tmp_path, monkeypa
     refused(command(pictures, tmp_path), capsys, word)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    gm.write(tmp_path / "a", "first")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(gm.InputError, match="cannot write .*/a .*--resume"):
-            gm.write(tmp_path / "a", "second" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (tmp_path / "a").read_text() == "first"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-class Draws:
-    """Data that draws a random number in each epoch."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __iter__(self):
-        self.seen.append(torch.rand(1).item())
-        return iter(tiny_batches(1))
-
-
 # --- baselines.py: pruning at initialisation ----------------------------------------------------------------------
 
 
@@ -1551,16 +1271,18 @@ def central_differences(function, c, h=1e-5):
     return torch.stack([(function(c + e) - function(c - e)) / (2 * h) for e in steps])
 
 
-def test_snip_is_the_change_of_the_loss_with_c():
+def test_snip_is_the_change_of_the_loss():
     x, y = tiny_batches(1)[0]
     f = gm.Network(tiny()).eval()
     w = f.vector()
     slopes = central_differences(lambda c: F.cross_entropy(f(c * w, x), y), torch.ones_like(w))
     assert torch.allclose(bl.snip(f, w, lambda: iter([(x, y)])), slopes.abs(), atol=1e-8)
+    with pytest.raises(FloatingPointError, match="snip's scores are not finite"):
+        bl.at_init(f, [(x * math.nan, y)], score="snip", sparsity=0.5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_grasp_is_w_times_the_hessian_times_the_gradient(k):
+def test_grasp_is_w_times_hessian_times_gradient(k):
     """Of the first k images of each class, or as many as there are, in batches of at most 8; at temperature 200.
 
     Its authors remove the largest of the negative of this: so the largest of this are kept, as in every method.
@@ -1581,22 +1303,15 @@ def test_grasp_is_w_times_the_hessian_times_the_gradient(k):
     assert torch.allclose(p, w * (hessian @ gradient), rtol=1e-6, atol=1e-12)
 
 
-def sequential(width=6):
-    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(width, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(64, 5, bias=False))
-
-
 def test_synflow_conserves_the_sum_of_scores():
     """In a sequential network, every layer's scores sum to R, which is computed by hand; also of a masked network."""
     torch.manual_seed(0)
-    f = gm.Network(sequential().double())
+    layers = [nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()]
+    f = gm.Network(nn.Sequential(*layers, nn.Linear(96, 5)).double())
     w = gm.kaiming_normal(f) * (torch.rand(f.d) < 0.5)
-    p = bl.synflow(f, w, lambda: iter([(torch.randn(2, 3, 8, 8), None)]))
-    x, bn = torch.ones(1, 3, 8, 8).double(), (1 + 1e-5) ** -0.5
-    first, second, last = f.views(w.abs()).values()
-    x = F.max_pool2d(F.conv2d(x, first, padding=1) * bn, 2)
-    x = F.conv2d(x, second, padding=1) * bn
+    p = bl.synflow(f, w, lambda: iter([(torch.randn(2, 3, 4, 4), None)]))
+    first, last = f.views(w.abs()).values()
+    x = F.conv2d(torch.ones(1, 3, 4, 4).double(), first, padding=1) * (1 + 1e-5) ** -0.5
     R = (x.flatten(1) @ last.T).sum()
     for part in p.split(f.sizes):
         assert torch.isclose(part.sum(), R, rtol=1e-9)
@@ -1611,7 +1326,8 @@ def test_synflow_takes_biases_as_absolute_values():
     assert scores[0].min() > 0
 
 
-def test_synflow_prunes_in_100_exponential_steps_in_float64(monkeypatch):
+def test_synflow_prunes_in_100_exponential_steps(monkeypatch):
+    """In float64, since R overflows float32 on some networks."""
     left = []
 
     def score(f, v, batches):
@@ -1620,34 +1336,21 @@ def test_synflow_prunes_in_100_exponential_steps_in_float64(monkeypatch):
         return v.abs()
 
     monkeypatch.setitem(bl.SCORES, "synflow", bl.SCORES["synflow"]._replace(score=score))
-    gem = bl.at_init(models.resnet20(), tiny_batches(), score="synflow", sparsity=0.0144)
+    gem = bl.at_init(nn.Linear(100, 100), tiny_batches(), score="synflow", sparsity=0.0144)
     assert gem.p.dtype == torch.float32
-    expected = [268_336 * 0.0144 ** (k / 100) for k in range(101)]
+    expected = [10_000 * 0.0144 ** (k / 100) for k in range(101)]
     assert [*left, int(gem.m.sum())] == pytest.approx(expected, abs=1)
 
 
-def test_synflow_does_not_overflow_on_mobilenet(monkeypatch):
-    monkeypatch.setitem(bl.SCORES, "synflow", bl.SCORES["synflow"]._replace(rounds=2))
-    data = (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
-    gem = bl.at_init(models.mobilenetv2(), data, score="synflow", sparsity=0.05)
-    assert gem.m.sum() == 113_092
-
-
 def test_prospr_without_steps_is_snip():
-    """On a network without BatchNorm, whose statistics the two take from different places."""
-    f = gm.Network(nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)).double())
-    batches = tiny_batches(1)
+    """On a network without BatchNorm, whose statistics the two take from different places. In float64, in any case."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3))
+    f, batches = gm.Network(copy.deepcopy(model).double()), tiny_batches(1)
     p = bl.prospr(f, f.vector(), lambda: iter(batches), K=0)
     assert torch.allclose(p, bl.snip(f, f.vector(), lambda: iter(batches)))
-
-
-def test_prospr_is_scored_in_float64():
-    """In float32 on a CPU, a third of its mask would be noise."""
-    data, model = (torch.randn(16, 3, 8, 8), torch.arange(16) % 4), models.resnet20()
     kw = {"score": "prospr", "sparsity": 0.05, "init": gm.given}
-    ours, exact = (bl.at_init(net, data, **kw) for net in (model, copy.deepcopy(model).double()))
-    assert torch.allclose(ours.p.double(), exact.p, rtol=1e-6, atol=0)
-    assert torch.equal(ours.m.double(), exact.m)
+    single, double = (bl.at_init(net, batches, **kw) for net in (model, f))
+    assert torch.equal(single.p, double.p.float())
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -1680,7 +1383,7 @@ def test_prospr_differentiates_through_three_steps(affine):
     ("prospr", [3865, 1584, 13417]), ("random", [3864, 1583, 13417]), ("magnitude", [3864, 1583, 13417]),
     ("dense", [268_336] * 3),
 ])  # fmt: skip
-def test_scored_methods_keep_what_their_authors_rule_says(method, counts, monkeypatch):
+def test_scored_methods_keep_the_authors_counts(method, counts, monkeypatch):
     monkeypatch.setitem(bl.SCORES, method, bl.SCORES[method]._replace(score=bl.random, rounds=3))
     f = gm.Network(models.resnet20())
     kept = [bl.at_init(f, tiny_batches(), score=method, sparsity=s).m.sum() for s in (0.0144, 0.0059, 0.05)]
@@ -1705,16 +1408,10 @@ def test_scores_decide_and_leave_no_trace(method, monkeypatch):
         assert not (low.m * gem.m).any()
 
 
-def test_scores_that_are_not_finite_are_refused():
-    with pytest.raises(FloatingPointError, match="snip's scores are not finite"):
-        bl.at_init(tiny(), [(x * math.nan, y) for x, y in tiny_batches()], score="snip", sparsity=0.5)
-
-
 # --- baselines.py: what all methods share ------------------------------------------------------------------------
 
 SEARCHES = {
     "imp": partial(bl.imp, sparsity=0.5, epochs=3, rewind=1),
-    "lrr": partial(bl.imp, sparsity=0.5, epochs=3, rewind=None),
     "ep": partial(bl.edge_popup, sparsity=0.5, epochs=2),
     "sr": partial(bl.smart_ratio_ticket, sparsity=0.5),
     **{name: partial(bl.at_init, score=name, sparsity=0.5) for name in bl.SCORES},
@@ -1722,7 +1419,7 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_the_seed_and_nothing_else_fixes_every_method(name):
+def test_the_seed_alone_fixes_every_method(name):
     x, y = torch.randn(40, 1, 4, 4).double(), torch.arange(40) % 3
     first = SEARCHES[name](tiny(), (x, y), seed=3)
     torch.manual_seed(5)
@@ -1755,9 +1452,7 @@ def top(p, n, descending=True):
     return torch.zeros_like(p).scatter(0, p.abs().argsort(descending=descending)[:n], 1)
 
 
-@pytest.mark.parametrize("variant", [
-    {}, {"whole": True}, {"period": 1}, {"period": 1, "regularize": True}, {"invert": True},
-])  # fmt: skip
+@pytest.mark.parametrize("variant", [{}, {"whole": True}, {"period": 1, "regularize": True}, {"invert": True}])
 def test_edge_popup_is_sgd_on_scores(variant):
     """On those of a plain module: |p|, the top of each layer, momentum 0.9, weight decay 5e-4, cosine.
 
@@ -1796,16 +1491,11 @@ def test_edge_popup_is_sgd_on_scores(variant):
     assert torch.equal(gem.m, mask(p, E))
 
 
-def test_edge_popup_keeps_the_authors_counts_of_each_layer():
+def test_edge_popup_keeps_the_authors_counts():
+    """Of each layer; and of each epoch, if gradual, where they never grow, and never fall below the target."""
     f, data = gm.Network(models.resnet20()), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
     gem = bl.edge_popup(f, data, sparsity=0.005, epochs=1)
     assert list(f.counts(gem.m).values()) == [3, *[12] * 6, 24, *[47] * 5, 93, *[185] * 5, 4]
-    gem = bl.edge_popup(f, data, sparsity=0.0144, epochs=1)
-    assert list(f.counts(gem.m).values()) == [7, *[34] * 6, 67, *[133] * 5, 266, *[531] * 5, 10]
-
-
-def test_gradual_pruning_keeps_the_authors_counts_of_each_epoch():
-    """Which never grow, and never fall below the target."""
     counts = [bl.popup_count(268_336, 0.0059, j, 150, 5) for j in range(1, 151)]
     assert counts[:11] + counts[11:16] == [224_808] * 11 + [188_340] * 5
     assert [counts[j] for j in (16, 21, 136, 141, 146, 149)] == [157_789, 132_193, 2255, 1889, 1583, 1583]
@@ -1841,6 +1531,8 @@ def test_imp_keeps_the_authors_counts():
     ]  # fmt: skip
     rounds = [bl.imp_rounds(s) for s in (0.5, 0.1374, 0.0373, 0.0144, 0.0059, 0.8, 0.89)]
     assert rounds == [3, 9, 15, 19, 23, 1, 1]
+    with pytest.raises(gm.InputError, match="no step 13 to rewind to: a round has 12"):  # before any epoch
+        bl.imp(models.resnet20(), grey_levels(32), sparsity=0.5, epochs=9, rewind=13, phase=None)
 
 
 def masked_sgd(model, w, m, batches, E, steps=math.inf):
@@ -1898,11 +1590,6 @@ def test_every_round_of_imp_has_its_own_randomness():
     assert len(set(data.seen)) == 6
 
 
-def test_imp_says_before_any_epoch_when_it_cannot_rewind_that_far():
-    with pytest.raises(gm.InputError, match="no step 13 to rewind to: a round has 12"):
-        bl.imp(models.resnet20(), grey_levels(32), sparsity=0.5, epochs=9, rewind=13, phase=None)
-
-
 # --- baselines.py: smart ratio -----------------------------------------------------------------------------------
 
 
@@ -1923,7 +1610,7 @@ def test_smart_ratio_is_the_hand_computed_one():
     assert [int(n * x + 1e-6) for n, x in zip(sizes, p)] == kept
 
 
-def test_the_grid_around_imp_holds_what_the_authors_found_best():
+def test_the_grid_around_imp_holds_the_authors_best():
     f = gm.Network(models.resnet20())
     kept = [194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172]
     best = [54.907, 11.590, 10.852, 8.724, 7.769, 7.899, 6.205, 5.185, 3.255, 3.342, 2.398, 2.018, 1.714, 1.177, 0.5639,
@@ -1965,15 +1652,14 @@ def test_equation_1_moves_densities_downhill():
     assert set(boxed) <= {0.0, 1.0}
 
 
-def test_sr_v4_takes_the_trial_that_is_best_on_images_it_was_not_trained_on(monkeypatch):
+def test_sr_v4_takes_the_trial_that_held_out_images_prefer(monkeypatch):
     """They are a tenth of the training images, neither cropped nor flipped."""
     f = gm.Network(nn.Sequential(*[nn.Linear(20, 20) for _ in range(20)], nn.BatchNorm1d(20)))
     w, fresh = bl.draw(f, gm.kaiming_normal, 0), f.rest()
     masks, trained, accs = [], [], iter([10.0, 30.0, 20.0])
 
     def phase(name, method, f, w, m, data, **kw):
-        assert name == f"trial {len(masks)}"
-        assert [kw["epochs"], data.train, data.pad] == [2, True, 2]
+        assert [name, kw["epochs"], data.train, data.pad] == [f"trial {len(masks)}", 2, True, 2]
         assert same(f.rest(), fresh)
         f.model[20].running_mean += 1
         masks.append(m)
@@ -1983,8 +1669,7 @@ def test_sr_v4_takes_the_trial_that_is_best_on_images_it_was_not_trained_on(monk
     def accuracy(f, data, v):
         [(x, y)] = data
         assert torch.equal(v, w * masks[-1])
-        assert len(y) == 4
-        assert set(y.tolist()) == set(range(40)) - trained[-1]
+        assert sorted([*y.tolist(), *trained[-1]]) == list(range(40))
         assert torch.equal(x, y[:, None, None, None].float().expand(4, 3, 4, 4))
         return next(accs)
 
@@ -2375,7 +2060,7 @@ assert not {{'torchvision', 'models'}} & set(sys.modules)
     assert done.stdout.startswith("imported")
 
 
-def test_the_commands_in_the_readme_and_the_header_are_understood(tmp_path, monkeypatch):
+def test_the_readmes_and_the_headers_commands_are_understood(tmp_path, monkeypatch):
     """The first, the demonstration, also runs, made small."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
@@ -2401,24 +2086,10 @@ def test_the_header_lists_every_deviation():
         assert re.search(rf"^{i}\. ", README, re.M)
 
 
-def test_only_the_allowed_packages_are_imported():
-    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "pytest", "models", "gem_miner", "baselines"}
-    for path in HERE.glob("*.py"):
-        names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names.add(node.module.split(".")[0])
-        assert names <= allowed
-        if path.name == "models.py":
-            assert names == {"torch"}  # it knows nothing of pruning
-
-
 # --- several processes ----------------------------------------------------------------------------------------
 
 TOGETHER = """
-import copy, os, sys, torch
+import copy, sys, torch
 import torch.distributed as dist
 import gem_miner as gm
 
@@ -2428,11 +2099,10 @@ def result(join):
     f = gm.Network(torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)))
     if join:
         gm.join(f)
-    how = {"sparsity": 0.3, "epochs": 4, "batch_size": 8, "lr": 1.0}  # batches of 8, 8 and 6
+    how = {"sparsity": 0.3, "epochs": 4, "batch_size": 7, "lr": 1.0}  # batches of 7, 7 and 8
     gem = gm.mine(f, (x, y), **how, on_epoch=lambda row, v, state: states.append((row, copy.deepcopy(state))))
-    again = gm.mine(f, (x, y), **how, state=states[1][1])
-    assert torch.equal(gem.p, again.p) and torch.equal(gem.q, again.q)
-    w = gm.finetune(f, gem.w, gem.q, (x, y), epochs=2, batch_size=8, lr=0.1)
+    assert torch.equal(gem.p, gm.mine(f, (x, y), **how, state=states[1][1]).p)
+    w = gm.finetune(f, gem.w, gem.q, (x, y), epochs=2, batch_size=7, lr=0.1)
     rows = torch.tensor([[row["loss"], row["train_acc"]] for row, _ in states])
     return [gem.p, gem.q, w, *f.others().values(), rows]
 
@@ -2441,36 +2111,30 @@ def same_everywhere(tensors):
     dist.all_gather_object(ends, [t.tolist() for t in tensors])
     assert all(end == ends[0] for end in ends)
 
-rank, out = gm.RANK, sys.argv[-1]
 alone = result(join=False)
-for world in (2, 3):
-    if rank < world:
-        dist.init_process_group("gloo", init_method=f"file://{out}-{world}", rank=rank, world_size=world)
-        together = result(join=True)
-        assert torch.equal(alone[1], together[1])
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, together)), (alone, together)
-        same_everywhere(together)
-        x, f = torch.randn(6, 4), gm.Network(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)))
-        dist.broadcast(x, 0)
-        gm.join(f)
-        gm.reestimate(f, f.vector(), (x, torch.zeros(6)))  # the shares are equal, so the mean of means is the mean
-        assert torch.allclose(f.model[0].running_mean, x.mean(0), atol=1e-6)
-        try:
-            f = gm.Network(torch.nn.Linear(4, 3))
-            gm.join(f)
-            gm.mine(f, (torch.randn(3, 4), torch.arange(3) % 3), sparsity=0.5, epochs=1)
-            raise SystemExit("accepted a batch that is too small")
-        except gm.InputError as e:
-            assert "too small" in str(e)
-        dist.destroy_process_group()
 seen, report = [], gm.report
 def watched(run, args, gem, *rest):
     seen.extend([gem.p, *run.f.state_dict().values()])
     report(run, args, gem, *rest)
 gm.report = watched
-run = "--model resnet20 --epochs 1 --batch-size 8 --sparsity 0.3 --device cpu".split() + sys.argv[1:]
+run = "--model resnet20 --epochs 1 --batch-size 16 --sparsity 0.3 --device cpu".split() + sys.argv[1:]
 assert gm.main(run) == gm.main([*run, "--resume", "--checks", "shuffle"]) == 0
 same_everywhere(seen)
+
+together = result(join=True)
+assert torch.equal(alone[1], together[1])
+assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, together)), (alone, together)
+same_everywhere(together)
+x, f = torch.randn(6, 4), gm.Network(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)))
+dist.broadcast(x, 0)
+gm.join(f)
+gm.reestimate(f, f.vector(), (x, torch.zeros(6)))  # the shares are equal, so the mean of means is the mean
+assert torch.allclose(f.model[0].running_mean, x.mean(0), atol=1e-6)
+try:
+    gm.mine(f, (x[:3], torch.arange(3)), sparsity=0.5, epochs=1)
+    raise SystemExit("accepted a batch that is too small")
+except gm.InputError as e:
+    assert "too small" in str(e)
 """
 
 
