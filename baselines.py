@@ -25,7 +25,7 @@ train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is
 (scores need tensors and class indices). The model is left in eval mode, holding w * m. New weights are drawn, except
 with init=gem_miner.given.
 
-Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's).
+Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's, as here).
 All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the
 epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 and a cosine on ResNet-20, else 0.01),
 as the authors of Rare Gems trained them on ResNet-20.
@@ -48,23 +48,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
 import gem_miner as gm
 
 # --- What all methods share ---------------------------------------------------------------------------------
-
-
-def draw(f, init, seed):
-    """The weights w (d,) that mine() would draw from this seed."""
-    gm.reseed(seed, "init")
-    return init(f).to(f.device)
-
-
-def ticket(f, w, p, m):
-    """The Gem of weights w, scores p and mask m, all (d,); leaves the model holding w * m."""
-    f.settle(w, m)
-    return gm.Gem(w, p, m, m)
 
 
 def floor(x):
@@ -110,8 +97,9 @@ def imp(
     E = epochs // rounds
     if not E:
         raise gm.InputError(f"{rounds} rounds need {rounds} epochs or more, not {epochs}")
-    if rewind and isinstance(train, gm.Batches) and rewind > len(train) * E:
-        raise gm.InputError(f"there is no step {rewind} to rewind to: a round has {len(train) * E}")
+    steps = E * gm.count_batches(train, batch_size)
+    if rewind and 0 < steps < rewind:
+        raise gm.InputError(f"there is no step {rewind} to rewind to: a round has {steps}")
 
     def trained(name, i, w, m, **kw):
         return phase(
@@ -119,7 +107,7 @@ def imp(
             batch_size=batch_size, seed=f"{seed}, round {i}", **kw,
         )  # fmt: skip
 
-    w = start = draw(f, init, seed)
+    w = start = gm.draw(f, init, seed)
     m, rest = torch.ones_like(w), f.rest()
     if rewind:  # the first steps of the first round, which the first round then takes once more
         start = trained("rewind", 0, w, m, steps=rewind)
@@ -134,7 +122,7 @@ def imp(
         if rewind is not None:
             w = start
             f.restore(rest)
-    return ticket(f, w, p, m)
+    return f.settle(w, p, m, m)
 
 
 # --- Pruning at initialisation: a score for each weight -----------------------------------------------------
@@ -155,7 +143,7 @@ def grasp(f, w, batches, per_class=10, T=200):
 
     Their score is -w * (H g), and they remove the LARGEST: so what we keep is the largest w * (H g). The logits are
     divided by T before the softmax. g is summed over all batches; H is that of each batch, applied to that sum.
-    Theirs: two batches, of classes 0-4 and 5-9, which with BatchNorm is another mask than that of mixed ones.
+    Here a batch mixes all classes; theirs are two, of classes 0-4 and 5-9, which with BatchNorm is another mask.
     """
     f.train()  # Theirs: the .eval() is commented out.
     w = w.clone().requires_grad_()
@@ -209,23 +197,16 @@ def prospr(f, w, batches, K=3, eta=0.1):
     f.train()
     x, y = next(batches())
     x = x.to(w.dtype) if x.is_floating_point() else x
-    x = x.contiguous()  # for MPS, as in Network.call
     c = torch.ones_like(w).requires_grad_()
     others = f.others()
     theta = [c * w, *others.values()]
 
     def loss():
-        parameters = {**f.views(theta[0]), **dict(zip(others, theta[1:]))}
-        return F.cross_entropy(functional_call(f.model, parameters, (x,)), y)
+        return F.cross_entropy(f.call(theta[0], x, dict(zip(others, theta[1:]))), y)
 
     for _ in range(K):
         theta = [t - eta * g for t, g in zip(theta, torch.autograd.grad(loss(), theta, create_graph=True))]
     return torch.autograd.grad(loss(), c)[0].abs()
-
-
-def magnitude(f, w, batches):
-    """|w| as drawn: with Kaiming's distribution, what remains is in the layers with few inputs."""
-    return w.abs()
 
 
 def random(f, w, batches):
@@ -244,13 +225,14 @@ class Score(NamedTuple):
 SCORES = {
     "snip": Score(snip),
     # Theirs removes what is above the smallest of the d * (1 - s) largest scores, but not that one.
-    "grasp": Score(grasp, lambda d, s: min(d, d - floor(d * (1 - s)) + 1)),
-    "synflow": Score(synflow, lambda d, s: d - floor(d * (1 - s)), rounds=100, dtype=torch.float64),
+    "grasp": Score(grasp, lambda d, s: min(d, math.ceil(d * s - 1e-6) + 1)),
+    "synflow": Score(synflow, lambda d, s: math.ceil(d * s - 1e-6), rounds=100, dtype=torch.float64),
     # In float32 on a CPU, a third of ProsPr's mask would be noise.
     "prospr": Score(prospr, lambda d, s: math.ceil(d * s - 1e-6), dtype=torch.float64),
-    "magnitude": Score(magnitude),
+    # With Kaiming's distribution, what remains is in the layers with few inputs.
+    "magnitude": Score(lambda f, w, batches: w.abs()),
     "random": Score(random),
-    "dense": Score(magnitude, lambda d, s: d),
+    "dense": Score(lambda f, w, batches: w.abs(), lambda d, s: d),
 }
 
 
@@ -263,7 +245,7 @@ def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=Fal
         raise gm.InputError(f"the scores are {', '.join(SCORES)}, not {score!r}")
     ours, how = gm.Network.of(model), SCORES[score]
     gm.check_sparsity(sparsity, ours.d)
-    w = draw(ours, init, seed)
+    w = gm.draw(ours, init, seed)
     device = "cpu" if how.dtype and ours.device.type == "mps" else ours.device  # MPS has no float64
     model = copy.deepcopy(ours.model).to(device, how.dtype)
     f = gm.Network(model, prune=lambda name, _: name in ours.names)
@@ -274,20 +256,23 @@ def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=Fal
         p = how.score(f, v * m, batches)
         if not p.sum().isfinite():
             raise FloatingPointError(f"{score}'s scores are not finite on this network")
-        alive, n = p[m], max(1, how.count(f.d, sparsity ** (k / how.rounds)))
+        alive, n = p[m], how.count(f.d, sparsity ** (k / how.rounds))
         m = m.masked_scatter(m, largest(alive, [len(alive)], [n], invert))
-    return ticket(ours, w, p.to(w), m.to(w))
+    return ours.settle(w, p.to(w), m.to(w), m.to(w))
 
 
 # --- Edge-popup, and the variants of Table 3 ----------------------------------------------------------------
 
 
 def popup_count(d, s, j, E, T):
-    """Gradual pruning: how many of d weights are in the mask in epoch j: d * s^(k/n), k = 1..n; T: period."""
+    """Gradual pruning: how many of d weights are in the mask in epoch j: d * s^(k/n); T: period.
+
+    k grows from 1, and may not have reached n in the last epoch; the mask that is returned has d * s.
+    """
     n = max(1, (E - 1) // T)
     updated = T * max(0, (j - 2) // T)  # Rare Gems' code updates at the end of epochs T, 2T, ..., counted from 0
     k = min(n, max(1, (updated + 1) // T))
-    return max(1, d - math.ceil(d * (1 - s ** (k / n)) - 1e-6))
+    return max(1, floor(d * s ** (k / n)))
 
 
 def edge_popup(
@@ -303,17 +288,17 @@ def edge_popup(
     f = gm.Network.of(model)
     d, s, whole = f.d, sparsity, whole or period
     gm.check_sparsity(s, d)
-    w = draw(f, init, seed)
+    w = gm.draw(f, init, seed)
     gm.reseed(seed, "scores")  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)); he_std is sqrt(2/fan_in)
     p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w)
     if whole:
-        sizes, goal = [d], [max(1, d - math.ceil(d * (1 - s) - 1e-6))]
+        sizes, goal = [d], [max(1, floor(d * s))]
     else:
-        sizes, goal = f.sizes, [n - floor(n * (1 - s)) for n in f.sizes]
+        sizes, goal = f.sizes, [math.ceil(n * s - 1e-6) for n in f.sizes]
 
     def effective(p, j):
         counts = [popup_count(d, s, j, epochs, period)] if period else goal
-        return w * gm.StraightThrough.apply(p.abs(), largest(p.detach().abs(), sizes, counts, invert))
+        return w * gm.straight_through(p.abs(), largest(p.detach().abs(), sizes, counts, invert))
 
     # Theirs: weight decay 5e-4 on the scores. lambda * ||p||^2 has the gradient of a weight decay of 2 * lambda.
     p = gm.fit(
@@ -321,7 +306,8 @@ def edge_popup(
         optimizer=partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4), criterion=criterion,
         batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
     ).abs()  # fmt: skip
-    return ticket(f, w, p, largest(p, sizes, goal, invert).to(w))
+    m = largest(p, sizes, goal, invert).to(w)
+    return f.settle(w, p, m, m)
 
 
 # --- Smart ratio: only the densities of the layers matter ---------------------------------------------------
@@ -375,7 +361,7 @@ def smart_ratio_ticket(model, train, *, sparsity=None, densities=None, init=gm.k
     """Random weights of every layer; densities: p_1, ..., p_L (default: those of smart_ratio(f.sizes, sparsity))."""
     f = gm.Network.of(model)
     m = random_mask(f, densities or smart_ratio(f.sizes, sparsity or 0), seed)
-    return ticket(f, draw(f, init, seed), m, m)
+    return f.settle(gm.draw(f, init, seed), m, m, m)
 
 
 def tune_densities(
@@ -386,7 +372,7 @@ def tune_densities(
     The weights are signed constants, each kept with the probability of its layer, drawn anew in every step.
     """
     f = gm.Network.of(model)
-    w, fresh = draw(f, gm.signed_constant, seed), f.rest()
+    w, fresh = gm.draw(f, gm.signed_constant, seed), f.rest()
 
     def boxed(params, eta):
         opt = gm.sgd(params, eta)
@@ -414,7 +400,7 @@ def smart_ratio_search(
     """
     f = gm.Network.of(model)
     rest, held = hold_out(train)
-    grid, fresh, w = ratio_grid(densities), f.rest(), draw(f, init, seed)
+    grid, fresh, w = ratio_grid(densities), f.rest(), gm.draw(f, init, seed)
     gm.reseed(seed, "trials")
     tried, accs = torch.randperm(len(grid))[:trials].tolist(), []
     for i, k in enumerate(tried):
@@ -426,15 +412,14 @@ def smart_ratio_search(
         accs.append(gm.accuracy(f, held, v))
     f.restore(fresh)
     m = random_mask(f, grid[tried[accs.index(max(accs))]], seed)
-    return ticket(f, w, m, m)
+    return f.settle(w, m, m, m)
 
 
 def hold_out(train):
     """Two Batches: nine tenths of a Batches, and the other tenth as it is, neither cropped nor flipped."""
     (h, w), pad, stats = train.size, train.pad, (train.mean, train.std)
     rest, held = gm.divide(gm.Split(train.x[:, pad : pad + h, pad : pad + w], train.y), 0.1)
-    size = max(1, 1_000_000 // train.size.numel())
-    return type(train)(rest, stats, train.batch_size, True, pad), gm.Batches(held, stats, size)
+    return type(train)(rest, stats, train.batch_size, True, pad), gm.Batches(held, stats)
 
 
 # --- The command line of a method ---------------------------------------------------------------------------
@@ -508,7 +493,7 @@ def complete(argv):
     possible = plan(args)["checks"]
     if args.checks and not possible:
         raise gm.InputError(f"{args.method} finds no ticket at initialisation to check: leave --checks out")
-    args.checks = [check for check in possible if check in (args.checks or ())]
+    args.checks = [check for check in possible if check in args.checks]
     return args
 
 
@@ -518,7 +503,7 @@ def plan(args):
     if name == "gem-miner":
         return gm.plan(args)
     training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
-    init, checks = gm.kaiming_normal, ("shuffle", "reinit", "invert")
+    init, checks = gm.kaiming_normal, tuple(gm.CHECKS)
     if name in SCORES:
         epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
         text, checks = "scores at initialisation", {"dense": (), "random": checks[:2]}.get(name, checks)
@@ -557,7 +542,7 @@ def plan(args):
                 p = run.phase("densities", tune_densities, f, train, p, epochs=epochs, lr=args.lr, seed=seed)
             return smart_ratio_ticket(f, train, densities=p, init=init, seed=seed)
 
-    return {"find": find, "epochs": epochs, "text": text, "draw": init, "checks": checks}
+    return {"find": find, "epochs": epochs, "text": text, "init": init, "checks": checks}
 
 
 SOURCES = {2: "Gem-Miner", 4: "IMP", 5: "Gem-Miner", 6: "SR-v4"}  # of the densities of a version of smart ratio
@@ -635,10 +620,6 @@ def ticks(*paper):
     return dict(zip((*TICKS, "search epochs"), paper))
 
 
-def at_initialisation(r):
-    return "no" if r["method"] in ("lrr", "dense") or r.get("rewind") else "yes"
-
-
 def finetunable(r):
     """Clearly better than before the training, and than random weights, as many, after theirs."""
     after, others = r["post_finetune_acc"], (r["pre_finetune_acc"], r["random_acc"])
@@ -653,7 +634,7 @@ def passes(r):
 
 
 COLUMNS = {  # from a result.json
-    "at initialisation": at_initialisation,
+    "at initialisation": lambda r: "no" if r["method"] in ("lrr", "dense") or r.get("rewind") else "yes",
     "finetunable": finetunable,
     "passes the checks": passes,
     "search epochs": lambda r: r["search_epochs"],
@@ -848,7 +829,7 @@ def result_of(run):
 
 def is_complete(run):
     result = result_of(run)
-    return bool(result) and set(run.checks or ()) <= set(result.get("checks", ()))
+    return bool(result) and set(run.checks) <= set(result.get("checks", ()))
 
 
 def paper(args, more):
@@ -885,7 +866,7 @@ def paper(args, more):
 
 def make(run):
     """Make a run, or what is left of it. It prints to stderr, so that the table can go to a file."""
-    run.resume = bool(gm.phase_files(run.out))
+    run.resume = gm.is_begun(run.out)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             gm.run_command(run, **plan(run))
@@ -899,9 +880,9 @@ def dry_run(runs):
     """Print the commands, those of complete runs as comments, and what they cost."""
     costs = []
     for run in {run.command: run for run in runs}.values():
-        costs.append(gm.cost(run, plan(run)["epochs"], run.checks or ()))
+        costs.append(gm.cost(run, plan(run)["epochs"], run.checks))
         done = "# complete: " if is_complete(run) else ""
-        resume = " --resume" if gm.phase_files(run.out) else ""
+        resume = " --resume" if gm.is_begun(run.out) else ""
         print(f"{done}{run.command}{resume}  # {costs[-1]:,} epochs")
     print(f"# {len(costs)} runs, {sum(costs):,} epochs")
 
@@ -910,9 +891,8 @@ def show(experiment, args, results):
     """Print an experiment: a table and charts. results: {(label, network, sparsity): [the result of each seed]}."""
     complete = [r for found in results.values() for r in found]
     first = complete[0]
-    for r in complete:
-        if r["dataset"] == first["dataset"] and r["images"] != first["images"]:
-            raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
+    if any(r["images"] != first["images"] for r in complete if r["dataset"] == first["dataset"]):
+        raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
     seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds, mean ± standard deviation"
     datasets = ", ".join(dict.fromkeys(r["dataset"] for r in complete))
     print(
@@ -924,10 +904,9 @@ def show(experiment, args, results):
     for ours, theirs in settings.items():
         if ours != theirs:
             print(f"The paper has no settings for {ours}, so those of {theirs} are taken.\n")
-    at = experiment.at or (experiment.networks[0][0], experiment.sparsities[0] if experiment.sparsities else None)
-    known = set()  # the columns that the paper gives figures of
-    if at in {(network, s) for _, network, s in results}:
-        known = {c for figures in experiment.rows.values() for c in figures}
+    at = experiment.at or (experiment.networks[0][0], *experiment.sparsities[:1])
+    shown = {(network, s) for _, network, s in results}
+    known = {c for figures in experiment.rows.values() for c in figures if at in shown}  # has the paper's figures
     head = ["method", "network", "sparsity"]
     for c in experiment.columns:
         head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
@@ -1018,7 +997,7 @@ def bench(args):
     side, classes, images = (32, 10, 50_000) if paper.dataset == "cifar10" else (64, 200, 100_000)
     size, steps = args.batch_size or paper.batch_size, 4 if device.type == "cpu" else 20
     f = gm.Network(models.build(args.model, classes, image_size=side).to(device), bf16=args.bf16, compile=args.compile)
-    w, plain = draw(f, gm.signed_constant, 0), copy.deepcopy(f.model).to(memory_format=torch.channels_last)
+    w, plain = gm.draw(f, gm.signed_constant, 0), copy.deepcopy(f.model).to(memory_format=torch.channels_last)
     call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
     x = [torch.randn(size, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(steps)]
     batches = list(zip(x, torch.randint(classes, (steps, size), device=device)))
@@ -1059,19 +1038,18 @@ def bench(args):
     print(f"mining: {speed:,.0f} images a second; the paper's {E} + {E} epochs would take {hours:.1f} hours here")
 
 
-def main(argv=None):
+def main(argv):
     """The command line; returns its exit code, as gem_miner.main."""
-    given = sys.argv[1:] if argv is None else argv
     gm.warn_plainly()
     try:
-        args, more = parser().parse_known_args(given)
+        args, more = parser().parse_known_args(argv)
         gm.check_values(args)
         if args.method == "paper":
             paper(args, more)
         elif args.method == "bench":
-            bench(gm.arguments(parser(), given))
+            bench(gm.arguments(parser(), argv))
         else:
-            args = complete(given)
+            args = complete(argv)
             gm.run_command(args, **plan(args))
         return 0
     except (Exception, KeyboardInterrupt) as e:
@@ -1079,4 +1057,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -31,6 +31,7 @@ import ctypes
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -115,8 +116,7 @@ def mine(
 
     last = E // T * T                  # of line 1's c = ln(1/s) / last, which in the paper has E (Deviation 1)
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
-    reseed(seed, "init")
-    w = init(f).to(f.device)                                                   # line 2
+    w = draw(f, init, seed)                                                    # line 2
     p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()             # line 3
     opt = optimizer([p], eta)
     first, steps = 1, count_batches(train, batch_size)
@@ -154,8 +154,7 @@ def mine(
             if on_epoch(row, w * m, {**ours, **now, "optimizer": opt.state_dict(), "rest": f.rest()}):
                 break
     # fmt: on
-    f.settle(w, m)
-    return Gem(w, p.detach(), q, m)
+    return f.settle(w, p.detach(), q, m)
 
 
 def freeze(p, q, keep, invert=False):
@@ -194,26 +193,19 @@ def choose_lambda(opt, q, keep, steps):
     return math.log(2 * max(t, 0.5)) * (1 - mu) / (2 * steps * eta) if steps * eta else 0.0
 
 
-class StraightThrough(torch.autograd.Function):
+def straight_through(p, rounded):
     """The value `rounded`, but with the gradient that p itself would have."""
-
-    @staticmethod
-    def forward(ctx, p, rounded):
-        return rounded.to(p.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
+    return rounded.to(p.dtype) + (p - p.detach())
 
 
 def round_ste(p):
     """r(p) = 1[p >= 0.5]; straight-through, so the gradient passes as if r were the identity."""
-    return StraightThrough.apply(p, p >= 0.5)
+    return straight_through(p, p >= 0.5)
 
 
 def round_random(p):
     """Randomised r (section 3): p is the probability that a weight is kept. Straight-through as well."""
-    return StraightThrough.apply(p, torch.rand_like(p) < p)
+    return straight_through(p, torch.rand_like(p) < p)
 
 
 def l2(p):
@@ -279,7 +271,7 @@ class Network(nn.Module):
             if hasattr(layer, "parametrizations") or any(hook.startswith("torch.nn.utils.") for hook in hooks):
                 cure = "call torch.nn.utils.prune.remove, or remove_parametrizations, first"
                 raise InputError(f"a weight of layer {home!r} is computed from other parameters: {cure}")
-            for key, parameter in layer.named_parameters(recurse=False):
+            for key, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
                 name = f"{home}.{key}".lstrip(".")
                 every[name] = parameter
                 weight = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and key == "weight"
@@ -366,13 +358,14 @@ class Network(nn.Module):
         for name, view in self.views(v).items():
             self.model.get_parameter(name).copy_(view)
 
-    def settle(self, w, m):
-        """The end of a search: load w * m, eval mode, and warn of layers that the mask m leaves empty."""
+    def settle(self, w, p, q, m):
+        """The Gem that ends a search: load w * m, eval mode, and warn of layers that the mask m leaves empty."""
         self.load(w * m)
         self.eval()
         empty = [name for name, n in self.counts(m).items() if n == 0]
         if empty:
             warnings.warn(f"no weight is left in {', '.join(empty)}: keep more weights or lower lambda", stacklevel=3)
+        return Gem(w, p, q, m)
 
     def others(self):
         """{name: parameter} of all that can be trained outside the vector: biases, affine BatchNorm."""
@@ -398,7 +391,7 @@ class Network(nn.Module):
         It takes shapes to be (out, in, ...), as in Conv, Linear, LSTM and attention; for others, write your own init.
         """
         stds = [(2 * shape[0] / n) ** 0.5 if shape else 1.0 for shape, n in zip(self.shapes, self.sizes)]
-        return torch.cat([torch.full((n,), std, dtype=self.dtype) for n, std in zip(self.sizes, stds)])
+        return torch.tensor(stds, dtype=self.dtype).repeat_interleave(torch.tensor(self.sizes))
 
 
 def signed_constant(f):
@@ -424,6 +417,12 @@ def reseed(*key):
     torch.manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
+def draw(f, init, seed, phase="init"):
+    """Weights w (d,) by `init`; the default phase: those that every search starts from."""
+    reseed(seed, phase)
+    return init(f).to(f.device)
+
+
 def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
     """The learning rate and the random state of epoch j, train mode; returns its Stats."""
     reseed(seed, phase, j)
@@ -438,8 +437,8 @@ def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
 def check_state(state, ours):
     """InputError if the state= of a search or training was made with other settings than `ours`."""
     for key, value in ours.items():
-        if state.get(key, value) != value:
-            raise InputError(f"state= is of another run: its {key} is {state[key]!s:.80}, not {value!s:.80}")
+        if state.get(key) != value:
+            raise InputError(f"state= is of another run: its {key} is {state.get(key)!s:.80}, not {value!s:.80}")
 
 
 class Stats:
@@ -534,9 +533,10 @@ def fit(
     as for mine.
     """
     ours = {"phase": phase, "size": len(u), "epochs": epochs, "seed": seed, "names": f.names, "shapes": f.shapes}
+    first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
         check_state(state, ours)
-        u = state["u"]
+        first, left, u = state["epoch"] + 1, state["left"], state["u"]
         f.restore(state["rest"])
     u = u.to(f.device, copy=True).requires_grad_()
     others = {name: at_least_float32(t.detach()).requires_grad_() for name, t in (others or {}).items()}
@@ -544,9 +544,7 @@ def fit(
         t.register_hook(partial(add_up, f))
     trained = [u, *others.values()]
     opt = optimizer(trained, lr)
-    first, left = 1, steps  # left: steps to go; None: as many as there are
     if state:
-        first, left = state["epoch"] + 1, state["left"]
         opt.load_state_dict(state["optimizer"])
     for j in range(first, epochs + 1):
         if left == 0:
@@ -603,8 +601,7 @@ def shuffle(f, m, seed=0):
 
 def reinit(f, init=signed_constant, seed=0):
     """Weight reinitialisation: a new draw (d,) of the weights by `init`, which should be what drew w."""
-    reseed(seed, "reinit")
-    return init(f).to(f.device)
+    return draw(f, init, seed, "reinit")
 
 
 # The third check, score inversion, is mine(..., invert=True): freezing the largest scores instead of the smallest.
@@ -635,18 +632,14 @@ def tensors(nest):
 
 def is_whole(data):
     """Whether `data` is a whole set, a tuple (x, y) or a list of two tensors, rather than what yields batches of it."""
-    two = isinstance(data, (tuple, list)) and len(data) == 2
-    return two and (isinstance(data, tuple) or all(hasattr(t, "__array__") for t in data))
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    return bool(tensors(data)) if isinstance(data, tuple) else all(hasattr(t, "__array__") for t in data)
 
 
 def count_batches(data, batch_size):
     """How many batches an epoch has; 0: not known before the first one is over."""
-    if is_whole(data):
-        return len(chunks(torch.arange(len(tensors(data)[0])), batch_size))
-    try:
-        return len(data)
-    except TypeError:
-        return 0
+    return len(chunks(tensors(data)[0], batch_size)) if is_whole(data) else operator.length_hint(data)
 
 
 def chunks(order, batch_size):
@@ -806,10 +799,11 @@ class Batches:
     probability 1/2 where `pad` is not 0. stats: (mean, std) of the pixels, per channel, in 0..255.
     """
 
-    def __init__(self, split, stats, batch_size, train=False, pad=0):
-        self.y, self.batch_size, self.train, self.pad = split.y, batch_size, train, pad
+    def __init__(self, split, stats, batch_size=None, train=False, pad=0):
+        self.y, self.train, self.pad = split.y, train, pad
         self.mean, self.std = (torch.as_tensor(t, dtype=torch.float32, device=split.x.device) for t in stats)
         self.size = split.x.shape[1:3]
+        self.batch_size = batch_size or max(1, 1_000_000 // self.size.numel())  # default, to test: a million pixels
         self.x = F.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
 
     def __len__(self):
@@ -820,21 +814,19 @@ class Batches:
         n, (h, w), device = len(self.y), self.size, self.x.device
         order = (torch.randperm(n) if self.train else torch.arange(n)).to(device)
         top, left = torch.randint(2 * self.pad + 1, (2, n, 1)).to(device)
-        mirror = (torch.rand(n, 1) < 0.5).to(device)
+        mirror = (torch.rand(n, 1) < (0.5 if self.pad else 0)).to(device)
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
         down, across = top + rows, left + torch.where(mirror, columns.flip(0), columns)
         for i in chunks(order, self.batch_size):
-            if self.pad:  # one gather picks, crops and flips
-                x = self.x[i[:, None, None], down[i][:, :, None], across[i][:, None, :]]
-            else:
-                x = self.x[i]
+            x = self.x[i[:, None, None], down[i][:, :, None], across[i][:, None, :]]  # picks, crops and flips
             yield ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2), self.y[i]
 
 
 def load_data(name, root, image_size=None, held_out=False):
     """The data set called `name` as a Data on the CPU; held_out: with a validation split in place of the test set.
 
-    The split is the same for every seed: 10% of the training images (CIFAR-10: the paper's 5,000), Caltech-101: 20%.
+    The split is the same for every seed: a folder's val/, Caltech-101's own (20% of all), else a tenth of the training
+    images (CIFAR-10: the paper's 5,000).
     InputError if it cannot be had.
     """
     socket.setdefaulttimeout(30)  # of a download from a host, or a proxy, that never answers
@@ -843,14 +835,11 @@ def load_data(name, root, image_size=None, held_out=False):
             data = folder(place(name.removeprefix("folder:")), image_size, held_out)
         else:
             data = LOADERS[name](Path(root))
-    except InputError:
-        raise
     except (OSError, RuntimeError, ValueError, LookupError) as e:  # of a download, and of a damaged archive
-        reason = " ".join(str(e).split()) or type(e).__name__
-        if name not in BY_HAND:
-            raise InputError(f"cannot read {name} ({reason})") from e
+        if isinstance(e, InputError) or name not in BY_HAND:
+            raise
         by_hand = f"put {BY_HAND[name]} by hand, as it is, into {Path(root).absolute()}, or take --dataset shapes"
-        raise InputError(f"could not get {name} ({reason}): {by_hand}") from e
+        raise InputError(f"could not get {name} ({str(e) or type(e).__name__}): {by_hand}") from e
     if held_out:
         train, val = (data.train, data.val) if data.val else divide(data.train, 0.1)
         data = data._replace(train=train, test=val)
@@ -949,9 +938,8 @@ def folder(path, image_size=None, held_out=False):
     if not labelled:
         odd = sorted(set(classes) ^ set(found[held[0]]))
         raise InputError(f"{path}: train and {held[0]} must have the same class folders; only one has {odd[0]!r}")
-    for part in held:
-        if part not in labelled:
-            warnings.warn(f"{path / part} is left out: its class folders are not those of train", stacklevel=3)
+    for part in set(held) - set(labelled):
+        warnings.warn(f"{path / part} is left out: its class folders are not those of train", stacklevel=3)
     shown = "val" if held_out and "val" in labelled else labelled[0]
     train, test = (read_images(samples(path / part, found[part]), image_size) for part in ("train", shown))
     if train.x.shape[1:] != test.x.shape[1:]:
@@ -1066,7 +1054,7 @@ BY_HAND = {  # what to put into --data-dir, as it is
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     "tinyimagenet": "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "caltech101": "caltech101/101_ObjectCategories (from https://data.caltech.edu/records/mzrjq-6wc02, unpacked)",
+    "caltech101": "the folder caltech101/101_ObjectCategories (from https://data.caltech.edu/records/mzrjq-6wc02)",
 }
 
 # --- A run's folder: one file a phase -----------------------------------------------------------------------
@@ -1113,9 +1101,10 @@ def same_settings(ours, theirs, path):
             raise InputError(f"{found}: use the same, or choose another --out")
 
 
-def phase_files(out):
-    """What --resume can go on from."""
-    return [path for path in out.glob("*.pt") if path.name != "gem.pt"]
+def is_begun(out):
+    """Whether --resume has something to go on from: a phase's file, or, where that was damaged and deleted, the log."""
+    log = out / "log.jsonl"
+    return any(path.name != "gem.pt" for path in out.glob("*.pt")) or (log.exists() and log.stat().st_size > 0)
 
 
 class Run:
@@ -1131,12 +1120,10 @@ class Run:
 
     def __init__(self, out, settings, resume, f, test):
         self.out, self.settings, self.f, self.test = out, settings, f, test
-        self.rows, self.left = [], 0  # left: epochs to come
-        phases = phase_files(out)
-        if resume and not phases:
+        self.rows, self.left = {}, 0  # rows: of each phase; left: epochs to come
+        if resume and not is_begun(out):
             raise InputError(f"nothing to resume in {out}: run the same command without --resume")
-        log = out / "log.jsonl"
-        if not resume and (phases or (log.exists() and log.stat().st_size)):
+        if not resume and is_begun(out):
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
         if not resume:
             self.log()  # so that a folder that cannot be written to is noticed now
@@ -1153,8 +1140,7 @@ class Run:
     def phase(self, name, method, *args, epochs, **kw):
         """method(*args, epochs=epochs, **kw), each of its epochs tested, saved, and shown."""
         path, saved = self.saved(name)
-        rows = saved.get("rows", [])
-        self.rows += rows
+        rows = self.rows[name] = saved.get("rows", [])
         for row in rows:
             self.show(row)
 
@@ -1165,7 +1151,6 @@ class Run:
             row = {"phase": name, **row, "test_acc": acc, "seconds": round(time.perf_counter() - self.clock, 3)}
             self.clock = time.perf_counter()
             rows.append(row)
-            self.rows.append(row)
             write(path, {"settings": self.settings, "rows": rows, "state": state})
             self.log()
             self.show(row)
@@ -1182,7 +1167,7 @@ class Run:
         return Gem(**saved["gem"])
 
     def log(self):
-        write(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        write(self.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in itertools.chain(*self.rows.values())))
 
     def show(self, row):
         self.left -= 1
@@ -1197,7 +1182,7 @@ class Run:
 
     def accuracy(self, phase):
         """Percent of the test images after the last epoch of a phase; None if it has had none."""
-        return next((row["test_acc"] for row in reversed(self.rows) if row["phase"] == phase), None)
+        return self.rows[phase][-1]["test_acc"] if self.rows[phase] else None
 
 
 class ShownBatches(Batches):
@@ -1278,9 +1263,7 @@ def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
 
 def flags_of_hardware(g):
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    g.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on GPUs made for it)"
-    )
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs made for it)")
     g.add_argument("--compile", action="store_true", help="train through torch.compile")
 
 
@@ -1301,11 +1284,10 @@ def parser():
     return cli
 
 
-def arguments(cli, argv=None):
+def arguments(cli, argv):
     """The arguments, and the command that gave them."""
     args = cli.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-    args.command = shlex.join(["python", cli.prog, *(str(a) for a in given if a != "--resume")])
+    args.command = shlex.join(["python", cli.prog, *(a for a in argv if a != "--resume")])
     check_values(args)
     return args
 
@@ -1328,15 +1310,13 @@ def complete(args):
     if getattr(args, "lam", "given") is None and not is_papers(args, paper):
         args.lam = "auto"
     period = max(1, round(paper.period * args.epochs / paper.epochs))
-    defaults = paper._replace(period=period)._asdict()
-    defaults |= {"finetune_epochs": args.epochs, "finetune_schedule": "multistep"}
-    for name, value in defaults.items():
+    ours = {"period": period, "finetune_epochs": args.epochs, "finetune_schedule": "multistep"}
+    for name, value in (paper._asdict() | ours).items():
         if getattr(args, name, "no such flag") is None:
             setattr(args, name, value)
     if getattr(args, "period", 1) > args.epochs:
         raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
-    if args.checks is not None:
-        args.checks = args.checks or list(CHECKS)
+    args.checks = [] if args.checks is None else args.checks or list(CHECKS)
     if args.checks and not args.finetune_epochs:
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
     args.milestones = [t / paper.epochs for t in paper.milestones]
@@ -1405,7 +1385,7 @@ def prepare(args):
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
     train = ShownBatches(train, stats, args.batch_size, train=True, pad=data.pad)
-    test = Batches(test, stats, batch_size=max(1, 1_000_000 // train.size.numel()))
+    test = Batches(test, stats)
     try:
         with torch.no_grad():
             f.eval()(f.vector(), next(iter(test))[0][:2])
@@ -1442,26 +1422,27 @@ def finetune_schedule(args):
     return cosine if args.finetune_schedule == "cosine" else partial(multistep, milestones=args.milestones)
 
 
-def run_command(args, find, epochs, text, draw, checks):
+def run_command(args, find, epochs, text, init, checks):
     """Find what to keep, finetune it, and check it.
 
     find       (run, name of the phase, f, train, init=..., seed=..., invert=True if that is the check) -> Gem
     epochs     how many of them that takes. text: what it does, for the head.
-    draw       w from a Network. checks: those of section 4 that make sense.
+    init       draws w from a Network. checks: those of section 4 that make sense.
     """
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
     meet(f)  # no process goes on before all have seen what is in the folder
-    begun = [check for check in checks if (args.out / f"{check}.pt").exists()]  # goes on
-    checks = [check for check in checks if check in (args.checks or ()) or check in begun]
+    checks = [name for name in checks if name in args.checks or (args.out / f"{name}.pt").exists()]  # begun: goes on
     run.left = cost(args, epochs, checks)
     show_head(args, f, train, test, text)
-    init = given if build["affine"] else draw  # Caltech-101's ResNet-50 is pretrained
+    init = given if build["affine"] else init  # Caltech-101's ResNet-50 is pretrained
     search = {"init": init, "seed": args.seed}
     tuning = {"epochs": args.finetune_epochs, "lr": args.finetune_lr, "schedule": finetune_schedule(args)}
+    masks = {}  # of every finetuning
 
     def tune(phase, w, m):
+        masks[phase] = m
         f.restore(after)
         return run.phase(phase, finetune, f, w, m, train, seed=args.seed, **tuning)
 
@@ -1486,24 +1467,20 @@ def run_command(args, find, epochs, text, draw, checks):
     write(args.out / "gem.pt", found)
     tuned = tune("finetune", gem.w, mask)
     write(args.out / "gem.pt", found | {"finetuned": {**f.rest(), **f.views(tuned)}})
-    masks = {}  # of the checks
     if "shuffle" in checks:
-        masks["shuffle"] = shuffle(f, mask, args.seed)
-        tune("shuffle", gem.w, masks["shuffle"])
+        tune("shuffle", gem.w, shuffle(f, mask, args.seed))
     if "reinit" in checks:
         # Pretrained weights have no distribution to draw from: Kaiming normal, as in the authors' check.
-        masks["reinit"] = mask
         tune("reinit", reinit(f, kaiming_normal if init is given else init, args.seed), mask)
     if "invert" in checks:
         f.restore(before)
         f.load(gem.w)
-        masks["invert"] = find(run, "mine inverted", f, train, invert=True, **search).q
-        tune("invert", gem.w, masks["invert"])
+        tune("invert", gem.w, find(run, "mine inverted", f, train, invert=True, **search).q)
     f.restore(after)
     accs = [accuracy(f, test, gem.w * gem.m)]
     reestimate(f, gem.w * gem.m, train, seed=args.seed)
     accs.append(accuracy(f, test, gem.w * gem.m))
-    report(run, args, gem, mask, accs, masks, epochs)
+    report(run, args, gem, accs, masks, epochs)
 
 
 def show_head(args, f, train, test, text):
@@ -1544,17 +1521,17 @@ def made_by(device):
     }  # fmt: skip
 
 
-def report(run, args, gem, mask, accs, masks, epochs):
+def report(run, args, gem, accs, masks, epochs):
     """Print the end of a run, and write result.json. accs: before finetuning, and that after reestimate()."""
-    f = run.f
+    f, mask = run.f, masks.pop("finetune")
     layers = [{"name": n, "total": t, "kept": k} for (n, k), t in zip(f.counts(mask).items(), f.sizes)]
     kept, kept_q, kept_m = (int(v.count_nonzero()) for v in (mask, gem.q, gem.m))
     acc = run.accuracy("finetune")
     result = {
         **run.settings, "total": f.d, "kept": kept, "kept_q": kept_q, "kept_m": kept_m, "layers": layers,
         "pre_finetune_acc": accs[0], "reestimated_acc": accs[1], "post_finetune_acc": acc, "search_epochs": epochs,
-        "seconds": round(sum(row["seconds"] for row in run.rows), 1), "device": args.device.type,
-        **made_by(args.device), "command": args.command,
+        "seconds": round(sum(row["seconds"] for row in itertools.chain(*run.rows.values())), 1),
+        "device": args.device.type, **made_by(args.device), "command": args.command,
     }  # fmt: skip
     print("\nkept of each layer (Fig. 7)")
     shares = [layer["kept"] / layer["total"] for layer in layers]
@@ -1594,8 +1571,7 @@ def plan(args):
         f"{args.epochs} epochs, freezing every {args.period}; {args.optimizer}, lr {args.lr:g}, cosine;"
         f" lambda {args.lam} ({args.penalty}); keeps {args.finetune_mask}"
     )
-    checks = ("shuffle", "reinit", "invert")
-    return {"find": find, "epochs": args.epochs, "text": text, "draw": signed_constant, "checks": checks}
+    return {"find": find, "epochs": args.epochs, "text": text, "init": signed_constant, "checks": CHECKS}
 
 
 def warn_plainly():
@@ -1624,7 +1600,7 @@ def exit_code(prog, e):
     return 2
 
 
-def main(argv=None):
+def main(argv):
     """The command line; returns its exit code."""
     warn_plainly()
     try:
@@ -1636,4 +1612,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
