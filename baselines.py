@@ -35,6 +35,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -452,13 +453,14 @@ def parser():
     g.add_argument("--lr", type=float, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
 
     names = "\n".join(f"  {name:<8} {experiment.about}" for name, experiment in EXPERIMENTS.items())
-    g = methods.add_parser("paper", description=paper.__doc__, epilog=f"NAME:\n{names}", formatter_class=raw)
+    about = inspect.cleandoc(paper.__doc__)
+    g = methods.add_parser("paper", description=about, epilog=f"NAME:\n{names}", formatter_class=raw)
     g.add_argument("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
     g.add_argument("--epochs", type=int, help="instead of the paper's; all else scales with it")
-    g.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
     g.add_argument("--model", action="append", choices=models.MODELS, help="likewise; may be repeated, as --sparsity")
     g.add_argument("--dataset", help="likewise")
     g.add_argument("--sparsity", action="append", type=gm.fraction, help="likewise: fraction of weights KEPT")
+    g.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
     g.add_argument("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
     g.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
     g.add_argument("--out", type=gm.place, default=Path("runs/paper"), help="of all runs (default: runs/paper)")
