@@ -432,7 +432,7 @@ def parser():
     raw = argparse.RawDescriptionHelpFormatter
     cli = gm.Parser(prog="baselines.py", description=__doc__, formatter_class=raw)
     methods = cli.add_subparsers(dest="method", metavar="METHOD", required=True)
-    subs, rate = {}, "0.1; ep but on ResNet-20: 0.01; Caltech-101: Table 15's"
+    subs, rate = {}, "0.1; ep, except on ResNet-20: 0.01; Caltech-101: Table 15's"
     for name in ("imp", "lrr", "ep", "sr", *SCORES):
         subs[name] = methods.add_parser(name)
         gm.flags_of_all_methods(subs[name], rate, "multistep; ep on ResNet-20: cosine")
@@ -902,13 +902,14 @@ def show(experiment, args, results):
         f" ({first['processor']}), torch {first['torch']}; accuracies in % of the"
         f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
     )
-    settings = {f"{r['model']} on {r['dataset']}": r["defaults"].split(" at ")[0] for r in complete}
-    for ours, theirs in settings.items():
+    for ours in dict.fromkeys((r["model"], r["dataset"]) for r in complete):
+        theirs = gm.paper_rows(*ours)[0][:2]
         if ours != theirs:
-            print(f"The paper has no settings for {ours}, so those of {theirs} are taken.\n")
+            print(f"The paper has no settings for {' on '.join(ours)}, so those of {' on '.join(theirs)} are taken.\n")
     at = experiment.at or (experiment.networks[0][0], *experiment.sparsities[:1])
     shown = {(network, s) for _, network, s in results}
-    known = {c for figures in experiment.rows.values() for c in figures if at in shown}  # has the paper's figures
+    given = {c for figures in experiment.rows.values() for c in figures}
+    known = given if at in shown else set()  # the columns that have the paper's figures beside ours
     head = ["method", "network", "sparsity"]
     for c in experiment.columns:
         head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]

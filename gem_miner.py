@@ -258,7 +258,7 @@ class Network(nn.Module):
     float64 if the model is. bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
-    rank, world, share = 0, 1, 1.0  # of several processes: see join
+    rank, world, share = 0, 1, 1.0  # of several processes: see join and own_part
 
     def __init__(self, model, prune=None, bf16=False, compile=False):
         super().__init__()
@@ -1121,9 +1121,10 @@ class Run:
     def __init__(self, out, settings, resume, f, test):
         self.out, self.settings, self.f, self.test = out, settings, f, test
         self.rows, self.left = {}, 0  # rows: of each phase; left: epochs to come
-        if resume and not is_begun(out):
+        begun = is_begun(out)
+        if resume and not begun:
             raise InputError(f"nothing to resume in {out}: run the same command without --resume")
-        if not resume and is_begun(out):
+        if begun and not resume:
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
         if not resume:
             self.log()  # so that a folder that cannot be written to is noticed now
