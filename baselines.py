@@ -25,10 +25,10 @@ train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is
 (scores need tensors and class indices). The model is left in eval mode, holding w * m. New weights are drawn, except
 with init=gem_miner.given.
 
-Where the authors of a method and the code of Rare Gems differ, a comment says so ("Theirs:" the method's, as here).
-All are trained alike: Kaiming-normal weights (ep: signed constants), SGD with momentum 0.9 and weight decay 1e-4, the
-epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 and a cosine on ResNet-20, else 0.01),
-as the authors of Rare Gems trained them on ResNet-20.
+"Theirs:" is what the authors of a method do; we do the same, unless "here" follows. All are trained alike:
+Kaiming-normal weights (ep: signed constants; Caltech-101: pretrained), SGD with momentum 0.9 and weight decay 1e-4,
+the epochs, batches and milestones of Table 15, and a learning rate of 0.1 (ep: 0.1 and a cosine on ResNet-20, else
+0.01; Caltech-101: Table 15's), as the authors of Rare Gems trained them on ResNet-20.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import shlex
 import statistics
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def floor(x):
 
 
 def largest(p, sizes, counts, invert=False):
-    """The mask, in bool, of the counts[l] largest of each part of p, (d,), of sizes[l] (invert: the smallest)."""
+    """A mask (d,) in bool: of each part of p (d,), cut into `sizes`, the counts[l] largest (invert: the smallest)."""
     m = torch.zeros_like(p, dtype=torch.bool)
     for part, scores, n in zip(m.split(sizes), p.split(sizes), counts):
         part.index_fill_(0, scores.topk(n, largest=not invert, sorted=False).indices, True)  # waits for no GPU
@@ -68,7 +69,7 @@ def largest(p, sizes, counts, invert=False):
 
 
 def at_once(name, method, *args, **kw):
-    """A method's phase called `name`, where nothing is shown or saved; else it is gm.Run.phase."""
+    """A phase of a method that has several: just the call. The command line's, gm.Run.phase, saves and shows."""
     return method(*args, **kw)
 
 
@@ -131,8 +132,8 @@ def imp(
 
 def snip(f, w, batches):
     """SNIP (Lee et al., 2019): |dL/dc| at c = 1 for weights c * w, which is |w * dL/dw|. Cost: one batch."""
-    # Theirs: BatchNorm's initial statistics (0, 1), not the batch's. And they train a second draw of the weights,
-    # which here is the check "weight reinitialisation".
+    # Theirs: BatchNorm's initial statistics (0, 1), not the batch's. And they train a second draw of the weights; here
+    # that is the check "weight reinitialisation".
     f.eval()
     x, y = next(batches())
     w = w.clone().requires_grad_()
@@ -144,7 +145,8 @@ def grasp(f, w, batches, per_class=10, T=200):
 
     Their score is -w * (H g), and they remove the LARGEST: so what we keep is the largest w * (H g). The logits are
     divided by T before the softmax. g is summed over all batches; H is that of each batch, applied to that sum.
-    Here a batch mixes all classes; theirs are two, of classes 0-4 and 5-9, which with BatchNorm is another mask.
+    Here a batch mixes all classes, and the weights are those that are trained; theirs are two, of classes 0-4 and 5-9
+    (with BatchNorm, another mask), and their default draws the Linear layers anew to score.
     """
     f.train()  # Theirs: the .eval() is commented out.
     w = w.clone().requires_grad_()
@@ -182,7 +184,7 @@ def synflow(f, w, batches):
     Iterated over 100 rounds and in float64: R overflows float32 on MobileNet-V2 and ResNet-50.
     """
     f.eval()  # BatchNorm's initial statistics make it the identity; a batch's own would be 0 / 0.
-    f.restore({n: t.abs() for n, t in f.rest().items()})
+    f.restore({n: t.abs() if t.is_floating_point() else t for n, t in f.rest().items()})
     x = torch.ones_like(next(batches())[0][:1], dtype=w.dtype)
     v = w.abs().requires_grad_()
     return torch.autograd.grad(f(v, x).sum(), v)[0].mul_(v.detach())
@@ -225,7 +227,7 @@ class Score(NamedTuple):
 
 SCORES = {
     "snip": Score(snip),
-    # Theirs removes what is above the smallest of the d * (1 - s) largest scores, but not that one.
+    # Theirs removes what is worse than the int(d * (1 - s))-th worst score, but not that one: one more is kept.
     "grasp": Score(grasp, lambda d, s: min(d, math.ceil(d * s - 1e-6) + 1)),
     "synflow": Score(synflow, lambda d, s: math.ceil(d * s - 1e-6), rounds=100, dtype=torch.float64),
     # In float32 on a CPU, a third of ProsPr's mask would be noise.
@@ -320,8 +322,11 @@ def smart_ratio(sizes, s, vgg=False, last=0.3):
     p_l is in proportion to (L-l+1)^2 + (L-l+1), for VGG divided by l^2; p_L = 0.3. What would exceed 1 is carried
     over to the next layer.
     """
+    gm.check_sparsity(s, sum(sizes))
     L, budget = len(sizes), s * sum(sizes) - last * sizes[-1]
-    if L < 2 or budget <= 0:
+    if L < 2:
+        raise gm.InputError("smart ratio is for networks of two layers or more")
+    if budget <= 0:
         least = last * sizes[-1] / sum(sizes)
         raise gm.InputError(f"smart ratio keeps 30% of the last layer: take a sparsity above {least:.2g}, not {s:g}")
     raw = [((L - l + 1) ** 2 + (L - l + 1)) / (l**2 if vgg else 1) for l in range(1, L)]
@@ -339,8 +344,9 @@ def smart_ratio(sizes, s, vgg=False, last=0.3):
 def ratio_grid(p):
     """SR-v4: 144 sets of densities around p (those of IMP), as in the authors' grid search on ResNet-20.
 
-    The first and last layers gain and lose 10 points, or nothing. Of the 7, 6 and 5 layers between them, up to half
-    at the front gain, and as many at the back lose, 1, 0.5 and 0.1 points. (Other depths: in proportion.)
+    Of the first and last layer, one gains and the other loses 10 points, or neither. Of the 7, 6 and 5 layers between
+    them, up to half at the front gain, and as many at the back lose, 1, 0.5 and 0.1 points. (Other depths: in
+    proportion; where layers are few, sets coincide.)
     """
     inner = len(p) - 2
     cuts = [0, round(7 * inner / 18), round(13 * inner / 18), inner]
@@ -349,7 +355,7 @@ def ratio_grid(p):
         some = [(b - a) * k // of for k in range(of // 2, -1, -1)]
         changes.append([[step] * k + [0.0] * (b - a - 2 * k) + [-step] * k for k in some])
     grid = [[ends[0], *front, *middle, *back, -ends[0]] for ends, front, middle, back in itertools.product(*changes)]
-    return [[min(1.0, max(0.0, x + y)) for x, y in zip(p, change)] for change in grid]
+    return list(dict.fromkeys(tuple(min(1.0, max(0.0, x + y)) for x, y in zip(p, change)) for change in grid))
 
 
 def random_mask(f, p, seed):
@@ -373,7 +379,7 @@ def tune_densities(
     The weights are signed constants, each kept with the probability of its layer, drawn anew in every step.
     """
     f = gm.Network.of(model)
-    w, fresh = gm.draw(f, gm.signed_constant, seed), f.rest()
+    w, own, fresh = gm.draw(f, gm.signed_constant, seed), f.vector(), f.rest()
 
     def boxed(params, eta):
         opt = gm.sgd(params, eta)
@@ -383,10 +389,11 @@ def tune_densities(
     p = gm.fit(
         f, torch.tensor(p, dtype=f.dtype),
         lambda p, j: w * gm.round_random(torch.cat([x.expand(n) for x, n in zip(p, f.sizes)])), train,
-        # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. That is all but constant.
+        # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. Until there it hardly falls.
         phase="equation 1", epochs=epochs, lr=lr, optimizer=boxed, schedule=lambda eta, j, E: eta,
         criterion=criterion, batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
     ).tolist()  # fmt: skip
+    f.load(own)
     f.restore(fresh)
     return p
 
@@ -447,7 +454,8 @@ def parser():
     g.add_argument("--period", type=int, help="T of --gradual (default: Gem-Miner's)")
     g.add_argument("--lr", type=float, default=0.1, help="learning rate of the scores (default: 0.1)")
     g = subs["sr"].add_argument_group("variants of Table 16")
-    g.add_argument("--version", type=int, choices=range(1, 7), default=1, help="SR-v1 to SR-v6 (default: 1)")
+    about = "SR-v1 to SR-v6 (default: 1; for 5 and 6, the paper's --epochs are 10)"
+    g.add_argument("--version", type=int, choices=range(1, 7), default=1, help=about)
     g.add_argument("--from", metavar="RUN", help="the folder of a gem's run for 2 and 5, IMP's for 4, SR-v4's for 6")
     g.add_argument("--trials", type=int, default=144, help="how many of SR-v4's 144 densities (default: all)")
     g.add_argument("--lr", type=float, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
@@ -478,6 +486,7 @@ def complete(argv):
     if argv[0] == "gem-miner":
         return gm.complete(gm.arguments(gm.parser(), argv[1:]))
     args = gm.arguments(parser(), argv)
+    named = args.checks
     if args.method == "dense":
         args.sparsity = 1.0
     if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
@@ -495,6 +504,8 @@ def complete(argv):
     possible = plan(args)["checks"]
     if args.checks and not possible:
         raise gm.InputError(f"{args.method} finds no ticket at initialisation to check: leave --checks out")
+    if not set(named or ()) <= set(possible):
+        raise gm.InputError(f"the checks of {args.method} are {' and '.join(possible)}")
     args.checks = [check for check in possible if check in args.checks]
     return args
 
@@ -516,7 +527,7 @@ def plan(args):
     elif name in ("imp", "lrr"):
         rounds, rewind = imp_rounds(s), args.rewind if name == "imp" else None
         epochs, checks = rounds * args.round_epochs, checks[:2] if name == "imp" else ()
-        text = f"{rounds} rounds of {args.round_epochs} epochs"
+        text = f"{rounds} rounds of {args.round_epochs} epochs, down to {100 * 0.8**rounds:.3g}%"
 
         def find(run, phase, f, train, **kw):
             return imp(f, train, sparsity=s, epochs=epochs, rewind=rewind, phase=run.phase, **training, **kw)
@@ -565,7 +576,8 @@ def densities(args, f):
         masks = found.get("mask", {})
         if {name: tuple(m.shape) for name, m in masks.items()} != dict(zip(f.names, f.shapes)):
             raise gm.InputError(f"{path} is not a gem of this network: choose another --from")
-        gm.same_settings({"sparsity": args.sparsity}, found["settings"], path)
+        if found["settings"]["sparsity"] != args.sparsity:
+            raise gm.InputError(f"{path} is of --sparsity {found['settings']['sparsity']}: choose another --from")
         theirs = [m.count_nonzero().item() / m.numel() for m in masks.values()]
         if args.version in (4, 6):
             return theirs
@@ -599,7 +611,7 @@ def commands(model, E, scale, folder):
         "SynFlow": "synflow",
         "ProsPr": f"prospr --finetune-epochs {n(200)}",
         "EP": "ep",
-        "EP (batch 256)": "ep --batch-size 256",
+        "EP (Table 3)": "ep --batch-size 256",
         "Global EP": "ep --global --batch-size 256",
         "+ Gradual Pruning": "ep --gradual --batch-size 256",
         "+ Regularization": "ep --regularize --batch-size 256",
@@ -610,7 +622,8 @@ def commands(model, E, scale, folder):
         # 1.53 and 1.47% in Table 16 are the densities of the authors' tuning after 10 epochs.
         "SR-v5": f"sr --version 5 --from {folder('Gem-Miner')} --epochs {n(10)} --finetune-epochs {E}",
         "SR-v6": f"sr --version 6 --from {folder('SR-v4')} --epochs {n(10)} --finetune-epochs {E}",
-        **{f"GM lambda {lam}": f"gem-miner --lam {lam}" for lam in ("0", "3e-6", "7e-6", "1.5e-5")},
+        # In fewer steps the penalty must be larger to move a score as far.
+        **{f"GM lambda {lam}": f"gem-miner --lam {float(lam) / scale:.3g}" for lam in ("0", "3e-6", "7e-6", "1.5e-5")},
         **{f"GM lr {lr}": f"gem-miner --lr {lr}" for lr in ("0.01", "0.001", "0.0001", "0.00001")},
     }
 
@@ -625,6 +638,8 @@ def ticks(*paper):
 def finetunable(r):
     """Clearly better than before the training, and than random weights, as many, after theirs."""
     after, others = r["post_finetune_acc"], (r["pre_finetune_acc"], r["random_acc"])
+    if after is not None and r["random_acc"] is None:
+        return "no random run"
     if None in (after, *others):
         return None
     return "yes" if all(gm.clearly_above(after, other, r["images"][1]) for other in others) else "no"
@@ -665,7 +680,7 @@ class Experiment(NamedTuple):
     sparsities: tuple  # (): those of Tables 8 to 14; (None,): the rows have their own
     columns: tuple  # keys of COLUMNS
     rows: dict  # label (a key of commands): {column: the paper's figure}
-    at: tuple = ()  # the (model, sparsity) that the paper's figures are for; (): the first
+    at: tuple = ()  # the (model, sparsity) that the paper's figures are for; (): of the first network and sparsity
     checked: tuple = ()  # labels of the runs that take the sanity checks
     checks: str = "--checks"  # how
     own: dict = {}  # label: its own sparsity
@@ -706,7 +721,7 @@ EXPERIMENTS = {
     "table3": Experiment(
         "Table 3: from edge-popup to Gem-Miner", RESNET20, (0.0059,),
         ("kept %", "before", "BN re-estimated", "after"), {
-            "EP (batch 256)": {"before": 19.57, "after": 24.47},
+            "EP (Table 3)": {"before": 19.57, "after": 24.47},
             "Global EP": {"before": 22.22, "after": 34.42},
             "+ Gradual Pruning": {"before": 31.56, "after": 63.54},
             "+ Regularization": {"before": 19.67, "after": 63.72},
@@ -792,8 +807,10 @@ EXPERIMENTS["fig1"] = EXPERIMENTS["fig3"]
 def runs_of(experiment, args, more):
     """[(label, network, sparsity, seed, arguments)] of the runs of an Experiment, in order."""
     runs = []
-    networks = [pair for pair in experiment.networks if not args.model or pair[0] in args.model]
-    networks = networks or [(model, experiment.networks[0][1]) for model in args.model]
+    networks = []
+    for model in args.model or dict.fromkeys(model for model, _ in experiment.networks):
+        own = [pair for pair in experiment.networks if pair[0] == model]
+        networks += own or [(model, experiment.networks[0][1])]
     if args.dataset:
         networks = dict.fromkeys((model, args.dataset) for model, _ in networks)
     for model, dataset in networks:
@@ -850,10 +867,14 @@ def paper(args, more):
     if args.dry_run:
         dry_run(run for *_, run in runs)
         return
-    results = {}  # {(label, network, sparsity): {seed: its result}}
+    results, failed = {}, []  # results: {(label, network, sparsity): {seed: its result}}
     for label, network, s, seed, run in runs:
         if not args.so_far and not is_complete(run):
-            make(run)
+            try:
+                make(run)
+            except gm.InputError as e:  # the others may go well
+                failed.append(str(e))
+                warnings.warn(f"left out: {e}", stacklevel=2)
         found = results.setdefault((label, network, s), {})
         if result := result_of(run):
             found[seed] = result
@@ -861,9 +882,12 @@ def paper(args, more):
         for seed, result in found.items():
             random = results.get(("Random", network, s), {}).get(seed)
             result["random_acc"] = random and random["post_finetune_acc"]
-    if not any(results.values()):
+    if any(results.values()):
+        show(experiment, args, {point: list(found.values()) for point, found in results.items()})
+    elif not failed:
         raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
-    show(experiment, args, {point: list(found.values()) for point, found in results.items()})
+    if failed:
+        raise gm.InputError(f"{len(failed)} of {len(runs)} runs could not be made; the first is {failed[0]}")
 
 
 def make(run):
@@ -880,13 +904,13 @@ def make(run):
 
 def dry_run(runs):
     """Print the commands, those of complete runs as comments, and what they cost."""
-    costs = []
+    costs = []  # of what is not complete
     for run in {run.command: run for run in runs}.values():
-        costs.append(gm.cost(run, plan(run)["epochs"], run.checks))
-        done = "# complete: " if is_complete(run) else ""
+        cost, done = gm.cost(run, plan(run)["epochs"], run.checks), is_complete(run)
         resume = " --resume" if gm.is_begun(run.out) else ""
-        print(f"{done}{run.command}{resume}  # {costs[-1]:,} epochs")
-    print(f"# {len(costs)} runs, {sum(costs):,} epochs")
+        print(f"{'# complete: ' * done}{run.command}{resume}  # {cost:,} epochs")
+        costs += [] if done else [cost]
+    print(f"# to do: {len(costs)} runs, {sum(costs):,} epochs")
 
 
 def show(experiment, args, results):
@@ -915,7 +939,8 @@ def show(experiment, args, results):
         head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
     rows = []
     for (label, network, s), found in results.items():
-        row = [label, network, cell(lambda r: f"{100 * r['sparsity']:g}%", found)]
+        asked = found[0]["sparsity"] if found else s or experiment.own[label]
+        row = [label, network, f"{100 * asked:g}%"]
         for c in experiment.columns:
             row.append(cell(COLUMNS[c], found, 3 if "%" in c else 2))
             if c in known:
@@ -973,7 +998,10 @@ def charts(experiment, results):
         yield f"{network} {100 * s:g}%: {title}" if s else f"{network}: {title}", xs, lines
 
 
-COLOURS = dict(blue="#1f77b4", orange="#ff7f0e", green="#2ca02c", red="#d62728", purple="#9467bd", brown="#8c564b")
+COLOURS = dict(
+    blue="#1f77b4", orange="#ff7f0e", green="#2ca02c", red="#d62728", purple="#9467bd", brown="#8c564b",
+    pink="#e377c2", grey="#7f7f7f", olive="#bcbd22",
+)  # fmt: skip
 
 
 def chart(title, xs, lines):

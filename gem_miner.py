@@ -71,7 +71,7 @@ class Gem(NamedTuple):
 
     w: torch.Tensor  # the weights, as drawn
     p: torch.Tensor  # the learned scores, in [0, 1]; without meaning where q is 0
-    q: torch.Tensor  # 1 = not frozen; exactly round(s * d) ones
+    q: torch.Tensor  # 1 = not frozen; exactly round(s * d) ones (unless on_epoch ended the search)
     m: torch.Tensor  # r(p) * q, the output of Algorithm 1; at most as many ones as q
 
 
@@ -90,9 +90,10 @@ def mine(
     r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss, a scalar
     init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given
     invert     freeze the largest scores instead of the smallest: score inversion, section 4's third sanity check
-    on_epoch   called as on_epoch(row, weights, state) after each epoch: its figures, the effective weights (d,), and
-               what `state=` needs to go on from there (save or copy it at once: the search changes its tensors). If
-               it returns True, the search ends, with more weights than s asks for if freezes are left
+    on_epoch   called as on_epoch(row, weights, state) after each epoch: its figures, the effective weights (d,), which
+               accuracy() takes (the model's own are those of some step), and what `state=` needs to go on from there
+               (save or copy it at once: the search changes its tensors). If it returns True, the search ends, with
+               more weights than s asks for if freezes are left
 
     Returns a Gem, and leaves the model in eval mode, holding w * m. Biases and BatchNorm's weights stay as they are,
     its running statistics do not. All that is random depends on `seed` and the epoch alone; torch's random state is
@@ -104,7 +105,6 @@ def mine(
     f = Network.of(model)
     r, norm, init = r or round_ste, norm or l2, init or signed_constant
     optimizer = optimizer or sgd
-    schedule = cosine if schedule == "cosine" else schedule
     s, E, eta, d, auto = sparsity, epochs, lr, f.d, lam == "auto"
     T = max(1, round(E / 30)) if period is None else period                    # Table 8: 5 of 150 epochs
     check_sparsity(s, d)
@@ -114,7 +114,7 @@ def mine(
         raise InputError(f"lambda must not be negative: {lam}")
     ours = {"d": d, "sparsity": s, "epochs": E, "period": T, "seed": seed, "names": f.names, "shapes": f.shapes}
 
-    last = E // T * T                  # of line 1's c = ln(1/s) / last, which in the paper has E (Deviation 1)
+    last = E // T * T                  # the last freeze; c of line 1 is ln(1/s) / last, in the paper / E (Deviation 1)
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
     w = draw(f, init, seed)                                                    # line 2
     p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()             # line 3
@@ -165,11 +165,9 @@ def freeze(p, q, keep, invert=False):
     counted from d, not from the survivors, so that no rounding adds up. Frozen scores may still move, without effect.
     """
     # fmt: off
-    device = q.device
-    if device.type == "mps":           # there boolean indexing and sorting have been wrong at times
-        p, q = p.cpu(), q.cpu()
+    device, p, q = q.device, p.cpu(), q.cpu()  # ties fall alike everywhere; and MPS has sorted wrongly at times
     alive = q.nonzero().squeeze(1)                                             # line 11, I_1
-    alive = alive[torch.randperm(len(alive), device=p.device)]                 # many scores are 0: ties fall at random
+    alive = alive[torch.randperm(len(alive))]                                  # many scores are 0: ties fall at random
     alive = alive[p[alive].argsort(stable=True, descending=invert)]            # line 12
     q = q.clone()
     q[alive[: max(0, len(alive) - keep)]] = 0                                  # lines 13-15
@@ -180,10 +178,10 @@ def freeze(p, q, keep, invert=False):
 def choose_lambda(opt, q, keep, steps):
     """lam="auto", which the paper does not have: a lambda for the coming epoch of so many steps.
 
-    Under SGD the penalty alone multiplies a score by e^(-X) in an epoch, X = 2 * lam * steps * lr / (1 - momentum). Let
-    momentum alone carry the surviving scores on, and t be the largest but `keep` then. X = ln(2t) brings it to 0.5, so
-    that r(p) * q has `keep` ones, if the loss moves nothing; what it moves, the next epoch corrects. mine() asks for
-    d * s^(2j/E) in epoch j, and for d * s after half of the epochs.
+    Under SGD the penalty alone multiplies a score by e^(-X) in an epoch, X = 2 * lam * steps * lr / (1 - momentum).
+    Move each surviving score to where its momentum alone would carry it, and let t be the largest but `keep` of these.
+    X = ln(2t) brings t to 0.5, so that r(p) * q has `keep` ones, if the loss moves nothing; what it moves, the next
+    epoch corrects. mine() asks for d * s^(2j/E) in epoch j, and for d * s after half of the epochs.
     """
     group = opt.param_groups[0]
     p, eta, mu = group["params"][0], group["lr"], group["momentum"]
@@ -294,8 +292,7 @@ class Network(nn.Module):
         # Evaluation is too short to pay for its own compilation.
         self.in_training = torch.compile(self.call, dynamic=False, mode="reduce-overhead") if compile else self.call
         if compile:  # else dynamo would quietly go eager after eight graphs in one process
-            limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-            setattr(torch._dynamo.config, limit, 1000)
+            torch._dynamo.config.cache_size_limit = 1000  # now also called recompile_limit
 
     @classmethod
     def of(cls, model):
@@ -405,7 +402,10 @@ def kaiming_normal(f):
 
 
 def given(f):
-    """The weights that the model holds already, such as pretrained ones."""
+    """The weights that the model holds already, such as pretrained ones.
+
+    A search overwrites them, even one that is interrupted: load the model anew, or f.load(gem.w), before another.
+    """
     return f.vector()
 
 
@@ -428,7 +428,7 @@ def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
     reseed(seed, phase, j)
     f.train()
     if schedule:
-        eta = schedule(eta, j, E)
+        eta = {"cosine": cosine, "multistep": multistep}.get(schedule, schedule)(eta, j, E)
         for group in opt.param_groups:
             group["lr"] = eta
     return Stats(j, opt.param_groups[0]["lr"], f)
@@ -604,22 +604,26 @@ def reinit(f, init=signed_constant, seed=0):
     return draw(f, init, seed, "reinit")
 
 
-# The third check, score inversion, is mine(..., invert=True): freezing the largest scores instead of the smallest.
+# The third check, score inversion, is mine(..., invert=True): freezing the largest scores instead of the smallest, as
+# lines 12 to 15 do. (Section 4 words it the other way round.) Every check is finetuned from where the gem's finetuning
+# started: rest = f.rest() after mine(), then f.restore(rest) before each finetune().
 
 # --- Batches of every kind ----------------------------------------------------------------------------------
 
 
-def each(nest, change):
-    """change(t) for every tensor t in nested tuples, lists and dicts; arrays become tensors, other things stay."""
+def each(nest, change, dtype=torch.float32):
+    """change(t) for every tensor t in nested tuples, lists and dicts; arrays become tensors, other things stay.
+
+    numpy's default types, float64 and int32, become `dtype` and PyTorch's int64.
+    """
     if isinstance(nest, Mapping):
-        return {key: each(value, change) for key, value in nest.items()}
+        return {key: each(value, change, dtype) for key, value in nest.items()}
     if isinstance(nest, (tuple, list)):
-        values = [each(value, change) for value in nest]
+        values = [each(value, change, dtype) for value in nest]
         return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
     if hasattr(nest, "__array__") and not torch.is_tensor(nest):
-        nest = torch.as_tensor(nest)
-        if nest.dtype in (torch.float64, torch.int32):  # numpy's defaults, where PyTorch has others
-            nest = nest.to(torch.get_default_dtype() if nest.is_floating_point() else torch.int64)
+        nest = torch.as_tensor(nest.__array__())
+        nest = nest.to({torch.float64: dtype, torch.int32: torch.int64}.get(nest.dtype, nest.dtype))
     return change(nest) if torch.is_tensor(nest) else nest
 
 
@@ -651,7 +655,7 @@ def chunks(order, batch_size):
 def minibatches(f, data, batch_size):
     """Batches (x, y) on f's device: a whole set in a new random order, or whatever `data` yields when iterated."""
     if is_whole(data):
-        whole = each(data, lambda t: t)
+        whole = each(data, lambda t: t, f.dtype)
         first, sizes = tensors(whole)[0], [len(t) if t.dim() else 0 for t in tensors(whole)]
         if len(set(sizes)) > 1 or not (tensors(whole[1]) or whole[1] is None):
             raise InputError(f"there are {sizes[0]} inputs, but {sizes[-1]} labels; both must be tensors or arrays")
@@ -659,7 +663,7 @@ def minibatches(f, data, batch_size):
         data = (each(whole, lambda t, i=i: t[i]) for i in chunks(order, batch_size))
     elif isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         raise InputError("a Dataset yields single examples: wrap it in a torch.utils.data.DataLoader")
-    wanted = "`train` must be tensors (x, y), or yield batches (x, y) when it is iterated"
+    wanted = "the data must be tensors (x, y), or yield batches (x, y) when it is iterated"
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise InputError(f"{wanted}: it is {type(data).__name__}")
     for batch in data:
@@ -667,7 +671,7 @@ def minibatches(f, data, batch_size):
         if not pair or any(t.dim() == 0 for t in tensors(batch[1])):
             raise InputError(wanted)
         # Elsewhere a copy that nobody waits for is not safe (pytorch#189690).
-        batch = each(batch, lambda t: t.to(f.device, non_blocking=f.device.type == "cuda"))
+        batch = each(batch, lambda t: t.to(f.device, non_blocking=f.device.type == "cuda"), f.dtype)
         yield own_part(f, batch) if f.world > 1 and f.training else batch
 
 
@@ -717,7 +721,7 @@ Setting = namedtuple(  # a row of PAPER; milestones: epochs after which finetuni
 PAPER = [
     # Tables 8 to 14 and, for E, batch, lr_ft and milestones, Table 15 (it gives the batch size of finetuning; we
     # mine with the same). Where the authors' configuration files differ and nothing tells which is right, the
-    # tables stand: MobileNet's and WRN's lr_ft (0.01 in the files), ResNet-50's batch (128), Caltech's lr and lam.
+    # tables stand, such as for MobileNet's and WRN's lr_ft (0.01 in the files) and ResNet-50's batch (128).
     # model         dataset         s       E   batch  T  optimizer lr   lam      lr_ft  milestones
     ("resnet20",    "cifar10",      0.50,   150, 128,  8, "sgd",  0.05,  1e-8,    0.1,   (80, 120)),
     # The authors' 13.74% is the density of r(p) * q in a run whose target was 20%.
@@ -951,11 +955,14 @@ def pictures(path):
     """{class: its picture files} of path/CLASS/*, in order; what is hidden is none, and what else is left out, said."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    def hidden(p):
+        return any(part.startswith((".", "@eaDir", "__MACOSX")) for part in p.relative_to(path).parts)
+
     found, others = {}, 0
     for home in sorted(path.iterdir()):
-        if not home.name.startswith((".", "@eaDir", "__MACOSX")):
+        if not hidden(home):
             inside = [Path(at, name) for at, _, names in os.walk(home, followlinks=True) for name in names]
-            files = [p for p in sorted(inside) if "/." not in f"/{p.relative_to(home).as_posix()}" and p.is_file()]
+            files = [p for p in sorted(inside) if p.is_file() and not hidden(p)]
             if home.is_dir():
                 found[home.name] = [p for p in files if p.suffix.lower() in IMG_EXTENSIONS]
             others += len(files) - len(found.get(home.name, ())) + home.is_file()
@@ -1089,8 +1096,11 @@ def read(path, device="cpu"):
             if file.testzip():  # torch.load looks at no checksum
                 raise zipfile.BadZipFile
         return dict(torch.load(path, map_location=device, weights_only=True))
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as e:  # torch.load raises a dozen types on damaged files
-        raise InputError(f"{path} is damaged ({type(e).__name__}): delete it, then go on with --resume") from e
+        cure = "delete it, and what is newer beside it, then go on with --resume"
+        raise InputError(f"{path} is damaged ({type(e).__name__}): {cure}") from e
 
 
 def same_settings(ours, theirs, path):
@@ -1135,7 +1145,9 @@ class Run:
         if not path.exists():
             return path, {}
         saved = read(path, self.f.device)
-        same_settings(self.settings, saved.get("settings", {}), path)
+        mining = name.startswith("mine")  # whatever trains the gem afterwards
+        ours = {k: v for k, v in self.settings.items() if not (mining and k.startswith("finetune"))}
+        same_settings(ours, saved.get("settings", {}), path)
         return path, saved
 
     def phase(self, name, method, *args, epochs, **kw):
@@ -1317,6 +1329,8 @@ def complete(args):
             setattr(args, name, value)
     if getattr(args, "period", 1) > args.epochs:
         raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
+    if getattr(args, "lam", None) == "auto" and (args.optimizer, args.penalty, args.rounding) != AUTO:
+        raise InputError(f"--lam auto is for --optimizer {AUTO[0]}, --penalty {AUTO[1]} and --rounding {AUTO[2]} alone")
     args.checks = [] if args.checks is None else args.checks or list(CHECKS)
     if args.checks and not args.finetune_epochs:
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
@@ -1334,8 +1348,10 @@ def is_papers(args, row):
     near = abs(math.log(row.sparsity / args.sparsity)) < 0.1
     size = args.batch_size or row.batch_size
     same = (args.model, args.dataset, args.epochs, size) == (row.model, row.dataset, row.epochs, row.batch_size)
-    how = (args.optimizer or row.optimizer, args.penalty, args.rounding)
-    return near and same or how != ("sgd", "l2", "deterministic")
+    return near and same or (args.optimizer or row.optimizer, args.penalty, args.rounding) != AUTO
+
+
+AUTO = ("sgd", "l2", "deterministic")  # what --lam auto is for
 
 
 def hardware(args):
@@ -1433,6 +1449,7 @@ def run_command(args, find, epochs, text, init, checks):
     f, train, test, build = prepare(args)
     images = [len(train.y), len(test.y), *train.mean.tolist(), *train.std.tolist()]
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
+    run.saved("finetune")  # if it is of another run, that is said before anything is written
     meet(f)  # no process goes on before all have seen what is in the folder
     checks = [name for name in checks if name in args.checks or (args.out / f"{name}.pt").exists()]  # begun: goes on
     run.left = cost(args, epochs, checks)
@@ -1467,7 +1484,8 @@ def run_command(args, find, epochs, text, init, checks):
     }
     write(args.out / "gem.pt", found)
     tuned = tune("finetune", gem.w, mask)
-    write(args.out / "gem.pt", found | {"finetuned": {**f.rest(), **f.views(tuned)}})
+    if args.finetune_epochs:
+        write(args.out / "gem.pt", found | {"finetuned": {**f.rest(), **f.views(tuned)}})
     if "shuffle" in checks:
         tune("shuffle", gem.w, shuffle(f, mask, args.seed))
     if "reinit" in checks:
@@ -1547,7 +1565,7 @@ def report(run, args, gem, accs, masks, epochs):
         print(f"post-finetune  {acc:.2f}%")
     if masks:
         result["checks"] = {}
-        print("\nsanity checks: passed if the accuracy after finetuning falls by more than 3 of its standard errors")
+        print("\nsanity checks: passed if the accuracy falls by more than 3 standard errors of the difference")
         print(f"  {args.method:<24}{acc:>7.2f}%  {kept:>9,} weights")
     for name, m in masks.items():
         its, n = run.accuracy(name), int(m.count_nonzero())
@@ -1585,7 +1603,7 @@ def warn_plainly():
 def exit_code(prog, e):
     """Say in one line what ended the program: 2 if the user can put it right, 130 after Ctrl-C; else raise it again."""
     if isinstance(e, KeyboardInterrupt):
-        again = str(e) or "give the same command with --resume"
+        again = str(e) or "give the same command, with --resume if an epoch was finished"
         print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
         return 130
     if RANK and isinstance(e, InputError):

@@ -17,6 +17,8 @@ no bias anywhere, and BatchNorm has no affine parameters (Appendix A.2) unless a
 Every network maps images (B, 3, H, W) to logits (B, num_classes).
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -183,14 +185,13 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    def __init__(self, num_classes, affine, depth=28, k=2):
+    def __init__(self, num_classes, affine):
         super().__init__()
-        n = (depth - 4) // 6
-        spec = ((16 * k, n, 1), (32 * k, n, 2), (64 * k, n, 2))
+        spec = ((32, 4, 1), (64, 4, 2), (128, 4, 2))  # depth 28: (28 - 4) / 6 blocks a stage, twice as wide as a ResNet
         self.conv1 = conv(3, 16)
         self.blocks = nn.Sequential(*stages(WideBlock, 16, spec, affine=affine))
-        self.bn = nn.BatchNorm2d(64 * k, affine=affine)
-        self.fc = nn.Linear(64 * k, num_classes, bias=False)
+        self.bn = nn.BatchNorm2d(128, affine=affine)
+        self.fc = nn.Linear(128, num_classes, bias=False)
 
     def forward(self, x):
         return self.fc(F.relu(self.bn(self.blocks(self.conv1(x)))).mean((2, 3)))
@@ -201,42 +202,27 @@ def cifar_resnet(n, width, num_classes, affine):
     return ResNet(BasicBlock, spec, num_classes, affine, option="A")
 
 
-def resnet20(num_classes=10, affine=False):
-    return cifar_resnet(3, 16, num_classes, affine)
-
-
-def resnet32(num_classes=10, affine=False):
-    return cifar_resnet(5, 16, num_classes, affine)
-
-
-def resnet32x2(num_classes=10, affine=False):
-    return cifar_resnet(5, 32, num_classes, affine)
-
-
-def resnet18(num_classes=10, affine=False, image_size=32):
+def resnet18(num_classes, affine, image_size):
     # Table 5 prints a 3x3 stem with stride 2 and padding 3, which fits a 7x7: the authors ran a 7x7.
     spec = ((64, 2, 1), (128, 2, 2), (256, 2, 2), (512, 2, 2))
     return ResNet(BasicBlock, spec, num_classes, affine, stem=3 if image_size <= 32 else 7)
 
 
-def resnet50(num_classes=10, affine=False):
+def resnet50(num_classes, affine):
     spec = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
     return ResNet(Bottleneck, spec, num_classes, affine, stem=7)
 
 
-def vgg16(num_classes=10, affine=False):
-    return VGG16(num_classes, affine)
-
-
-def mobilenetv2(num_classes=10, affine=False):
-    return MobileNetV2(num_classes, affine)
-
-
-def wrn28_2(num_classes=10, affine=False):
-    return WideResNet(num_classes, affine)
-
-
-MODELS = {f.__name__: f for f in (resnet20, resnet32, resnet32x2, resnet18, resnet50, vgg16, mobilenetv2, wrn28_2)}
+MODELS = {
+    "resnet20": partial(cifar_resnet, 3, 16),
+    "resnet32": partial(cifar_resnet, 5, 16),
+    "resnet32x2": partial(cifar_resnet, 5, 32),
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "vgg16": VGG16,
+    "mobilenetv2": MobileNetV2,
+    "wrn28_2": WideResNet,
+}
 
 
 def build(name, num_classes=10, affine=False, image_size=32):
