@@ -342,7 +342,7 @@ def smart_ratio(sizes, s, vgg=False, last=0.3):
 
 
 def ratio_grid(p):
-    """SR-v4: 144 sets of densities around p (those of IMP), as in the authors' grid search on ResNet-20.
+    """SR-v4: up to 144 sets of densities around p (those of IMP), as in the authors' grid search on ResNet-20.
 
     Of the first and last layer, one gains and the other loses 10 points, or neither. Of the 7, 6 and 5 layers between
     them, up to half at the front gain, and as many at the back lose, 1, 0.5 and 0.1 points. (Other depths: in
@@ -687,6 +687,9 @@ class Experiment(NamedTuple):
     curves: tuple = ()  # keys of CURVES, to draw
     authors: dict = {}  # (model, sparsity): {label: how many weights of each layer the authors' own keeps}
 
+    def sparsity_of(self, label, s):
+        return 1.0 if label == "Dense" else s or self.own[label]
+
 
 RESNET20, MOBILENET, VGG = (("resnet20", "cifar10"),), (("mobilenetv2", "cifar10"),), (("vgg16", "cifar10"),)
 CIFAR = (*RESNET20, *MOBILENET, *VGG, ("wrn28_2", "cifar10"))
@@ -808,7 +811,7 @@ def runs_of(experiment, args, more):
     """[(label, network, sparsity, seed, arguments)] of the runs of an Experiment, in order."""
     runs = []
     networks = []
-    for model in args.model or dict.fromkeys(model for model, _ in experiment.networks):
+    for model in dict.fromkeys(args.model or [model for model, _ in experiment.networks]):
         own = [pair for pair in experiment.networks if pair[0] == model]
         networks += own or [(model, experiment.networks[0][1])]
     if args.dataset:
@@ -819,7 +822,7 @@ def runs_of(experiment, args, more):
         network = model if len({d for _, d in networks}) == 1 else f"{model} on {dataset}"
         listed = experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
         for s, seed, label in itertools.product(args.sparsity or listed, range(args.seeds), experiment.rows):
-            kept = 1.0 if label == "Dense" else s or experiment.own[label]
+            kept = experiment.sparsity_of(label, s)
             place = f"{model}-{dataset}-{kept:g}-seed{seed}"
 
             def folder(label, place=place):
@@ -939,8 +942,7 @@ def show(experiment, args, results):
         head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
     rows = []
     for (label, network, s), found in results.items():
-        asked = found[0]["sparsity"] if found else s or experiment.own[label]
-        row = [label, network, f"{100 * asked:g}%"]
+        row = [label, network, f"{100 * experiment.sparsity_of(label, s):g}%"]
         for c in experiment.columns:
             row.append(cell(COLUMNS[c], found, 3 if "%" in c else 2))
             if c in known:

@@ -85,8 +85,8 @@ def mine(
                iterated. x: what the model takes; a tuple or list holds its arguments, a dict its keyword arguments
     sparsity   s in (0, 1], the fraction of weights KEPT. epochs: E >= 1. period: T in [1, E] (default: E / 30, or 1)
     lr, lam    eta > 0 and lambda >= 0 ("auto": choose_lambda). norm: the penalty, l2 (default; squared) or l1
-    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: (lr, j, E) -> eta of epoch j (default:
-               cosine); None leaves the optimizer's rates alone
+    optimizer  (params, lr) -> torch optimizer over p (default: sgd). schedule: "cosine" (default), "multistep", or
+               (lr, j, E) -> eta of epoch j; None leaves the optimizer's rates alone
     r          round_ste (default) or round_random. criterion: (the model's output, y) -> loss, a scalar
     init       draws w from a Network: signed_constant (default, paper A.2), kaiming_normal, or given
     invert     freeze the largest scores instead of the smallest: score inversion, section 4's third sanity check
@@ -114,7 +114,7 @@ def mine(
         raise InputError(f"lambda must not be negative: {lam}")
     ours = {"d": d, "sparsity": s, "epochs": E, "period": T, "seed": seed, "names": f.names, "shapes": f.shapes}
 
-    last = E // T * T                  # the last freeze; c of line 1 is ln(1/s) / last, in the paper / E (Deviation 1)
+    last = E // T * T                  # the last freeze: c of line 1 is ln(1/s) / last, not / E (Deviation 1)
     q = torch.ones(d, dtype=f.dtype, device=f.device)                          # line 1
     w = draw(f, init, seed)                                                    # line 2
     p = torch.rand(d, dtype=f.dtype).to(f.device).requires_grad_()             # line 3
