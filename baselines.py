@@ -452,7 +452,7 @@ def parser():
     g.add_argument("--gradual", action="store_true", help="--global, with fewer from period to period")
     g.add_argument("--regularize", action="store_true", help="--gradual, with an L2 penalty on the scores")
     g.add_argument("--period", type=int, help="T of --gradual (default: Gem-Miner's)")
-    g.add_argument("--lr", type=float, default=0.1, help="learning rate of the scores (default: 0.1)")
+    g.add_argument("--lr", type=float, help="learning rate of the scores (default: 0.1; more, in fewer epochs)")
     g = subs["sr"].add_argument_group("variants of Table 16")
     about = "SR-v1 to SR-v6 (default: 1; for 5 and 6, the paper's --epochs are 10)"
     g.add_argument("--version", type=int, choices=range(1, 7), default=1, help=about)
@@ -493,6 +493,9 @@ def complete(argv):
         args.finetune_lr = 0.01 if args.method == "ep" and args.model != "resnet20" else 0.1
     if args.finetune_schedule is None and args.method == "ep" and args.model == "resnet20":
         args.finetune_schedule = "cosine"
+    if args.method == "ep" and args.lr is None:
+        papers = gm.paper_setting(args.model, args.dataset, args.sparsity).epochs
+        args.lr = 0.1 * gm.rate_factor(args.epochs or papers, papers)
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs

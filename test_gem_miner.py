@@ -576,6 +576,17 @@ def test_batches_and_outputs_of_every_kind_are_learned():
     assert gm.mine(model.fc.double(), ((x * scale).double().numpy(), y.numpy()), **kw).p.dtype == torch.float64
 
 
+def test_the_period_is_a_thirtieth_of_the_epochs():
+    """As in Table 8, 5 of 150."""
+    periods = []
+    for E in (150, 60, 10):
+        gm.mine(
+            nn.Linear(4, 3), (X, Y), sparsity=0.5, epochs=E,
+            on_epoch=lambda row, v, state: periods.append(state["period"]) or True,
+        )  # fmt: skip
+    assert periods == [5, 2, 1]
+
+
 def test_figures_count_examples_in_float32():
     """The examples are those of y: an input may have another length. Neither regression nor one column has classes."""
     model, rows = nn.Bilinear(4, 4, 3), []
@@ -587,6 +598,7 @@ def test_figures_count_examples_in_float32():
     assert gm.accuracy(named, [((broadcast, X), Y)]) <= 100
     assert gm.accuracy(nn.Linear(4, 1), (X, Y)) is None
     assert gm.accuracy(nn.Linear(4, 2), (X, X[:, :2])) is None
+    assert gm.accuracy(nn.Linear(4, 2), (X, X[:, 0])) is None
     how = {"criterion": lambda out, y: (0 * out.sum() + 6e4).half(), "on_epoch": lambda row, *_: rows.append(row)}
     gm.mine(nn.Linear(4, 3), [(X, Y)] * 2, sparsity=0.5, epochs=1, **how)
     assert rows[0]["loss"] == pytest.approx(6e4, rel=1e-3)
@@ -968,16 +980,18 @@ def settings(flags):
     return gm.complete(gm.arguments(gm.parser(), shlex.split(flags)))
 
 
-@pytest.mark.parametrize("flags, period, lam", [
-    ("", 5, 1e-4), ("--sparsity 0.0145", 5, 1e-4), ("--epochs 150", 5, 1e-4), ("--epochs 60 --lam 0.5", 2, 0.5),
-    ("--epochs 10", 1, "auto"), ("--epochs 3000 --period 150", 150, "auto"), ("--sparsity 0.03", 5, "auto"),
-    ("--batch-size 64", 5, "auto"), ("--lam auto", 5, "auto"), ("--dataset cifar100", 5, "auto"),
-    ("--model vgg16 --epochs 20", 1, 1e-6), ("--epochs 20 --penalty l1", 1, 1e-4),
+@pytest.mark.parametrize("flags, period, lr, lam", [
+    ("", 5, 0.1, 1e-4), ("--sparsity 0.0145", 5, 0.1, 1e-4), ("--epochs 150", 5, 0.1, 1e-4),
+    ("--epochs 60 --lam 0.5", 2, 0.1, 0.5), ("--epochs 20", 1, 0.75, "auto"), ("--epochs 1", 1, 1.0, "auto"),
+    ("--epochs 20 --lr 0.3", 1, 0.3, "auto"), ("--epochs 3000 --period 150", 150, 0.1, "auto"),
+    ("--sparsity 0.03", 5, 0.1, "auto"), ("--batch-size 64", 5, 0.1, "auto"), ("--lam auto", 5, 0.1, "auto"),
+    ("--dataset cifar100", 5, 0.1, "auto"), ("--dataset shapes", 1, 0.5, 2e-4),
+    ("--model vgg16 --epochs 20", 1, 0.01, 1e-6), ("--epochs 20 --penalty l1", 1, 0.1, 1e-4),
 ])  # fmt: skip
-def test_period_and_lambda_where_not_given(flags, period, lam):
-    """The period scales with the epochs; lambda is the paper's in its own runs alone."""
+def test_period_rate_and_lambda_where_not_given(flags, period, lr, lam):
+    """The period scales with the epochs; lambda is the paper's in its own runs alone, as is the learning rate."""
     args = settings(flags)
-    assert (args.period, args.lam) == (period, lam)
+    assert (args.period, args.lr, args.lam) == (period, pytest.approx(lr), lam)
 
 
 # --- the command line -----------------------------------------------------------------------------------------
@@ -1807,6 +1821,11 @@ def test_the_test_set_chooses_nothing(done, pictures, tmp_path):
         picture(1000 + 7 * i).save(path)
     assert bl.main(baseline(other, tmp_path / "run", RUNS["sr4"][0].format(home=done))) == 0
     assert same(artefacts(tmp_path / "run")["gem"]["mask"], artefacts(done / "sr4")["gem"]["mask"])
+
+
+@pytest.mark.parametrize("flags, lr", [("", 0.1), ("--epochs 20", 0.75), ("--epochs 20 --lr 0.3", 0.3)])
+def test_edge_popups_scores_are_as_quick_as_gem_miners(flags, lr):
+    assert bl.complete(["ep", *flags.split()]).lr == pytest.approx(lr)
 
 
 @pytest.mark.parametrize("flags, words", [
