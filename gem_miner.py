@@ -1288,7 +1288,7 @@ def parser():
     g = cli.add_argument_group("mining (defaults: Tables 8 to 14)")
     g.add_argument("--period", type=int, help="T, epochs between freezes; scales with --epochs if not given")
     g.add_argument("--optimizer", choices=("sgd", "adam"), help="of the scores")
-    g.add_argument("--lr", type=float, help="learning rate of the scores")
+    g.add_argument("--lr", type=float, help="learning rate of the scores; if lambda is auto, more in fewer epochs")
     about = "lambda, weight of the penalty on the scores, or 'auto' (default: the paper's, for its runs; else auto)"
     g.add_argument("--lam", type=number_or_auto, help=about)
     g.add_argument("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
