@@ -494,8 +494,7 @@ def complete(argv):
     if args.finetune_schedule is None and args.method == "ep" and args.model == "resnet20":
         args.finetune_schedule = "cosine"
     if args.method == "ep" and args.lr is None:
-        papers = gm.paper_setting(args.model, args.dataset, args.sparsity).epochs
-        args.lr = 0.1 * gm.rate_factor(args.epochs or papers, papers)
+        args.lr = 0.1 * gm.rate_factor(args, gm.paper_setting(args.model, args.dataset, args.sparsity))
     gm.complete(args)
     if "round_epochs" in args:
         args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs

@@ -1322,15 +1322,16 @@ def complete(args):
     args.epochs = args.epochs or paper.epochs
     if getattr(args, "lam", "given") is None and not is_papers(args, paper):
         args.lam = "auto"
+    auto = getattr(args, "lam", None) == "auto"
+    lr = paper.lr * rate_factor(args, paper) if auto else paper.lr
     period = max(1, round(paper.period * args.epochs / paper.epochs))
-    lr = paper.lr * rate_factor(args.epochs, paper.epochs) if getattr(args, "lam", None) == "auto" else paper.lr
     ours = {"period": period, "lr": lr, "finetune_epochs": args.epochs, "finetune_schedule": "multistep"}
     for name, value in (paper._asdict() | ours).items():
         if getattr(args, name, "no such flag") is None:
             setattr(args, name, value)
     if getattr(args, "period", 1) > args.epochs:
         raise InputError(f"--period {args.period} is longer than --epochs {args.epochs}: nothing would ever be frozen")
-    if getattr(args, "lam", None) == "auto" and (args.optimizer, args.penalty, args.rounding) != AUTO:
+    if auto and (args.optimizer, args.penalty, args.rounding) != AUTO:
         raise InputError(f"--lam auto is for --optimizer {AUTO[0]}, --penalty {AUTO[1]} and --rounding {AUTO[2]} alone")
     args.checks = [] if args.checks is None else args.checks or list(CHECKS)
     if args.checks and not args.finetune_epochs:
@@ -1355,9 +1356,9 @@ def is_papers(args, row):
 AUTO = ("sgd", "l2", "deterministic")  # what --lam auto is for
 
 
-def rate_factor(epochs, papers):
-    """What the learning rate of scores is multiplied by in fewer epochs than the paper's: they have as far to travel."""
-    return min(10.0, max(1.0, papers / epochs))
+def rate_factor(args, paper):
+    """What the scores' learning rate is multiplied by in fewer epochs than the paper's: they have as far to travel."""
+    return min(10.0, max(1.0, paper.epochs / (args.epochs or paper.epochs)))
 
 
 def hardware(args):

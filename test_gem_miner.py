@@ -989,7 +989,7 @@ def settings(flags):
     ("--model vgg16 --epochs 20", 1, 0.01, 1e-6), ("--epochs 20 --penalty l1", 1, 0.1, 1e-4),
 ])  # fmt: skip
 def test_period_rate_and_lambda_where_not_given(flags, period, lr, lam):
-    """The period scales with the epochs; lambda is the paper's in its own runs alone, as is the learning rate."""
+    """The period scales with the epochs; lambda is the paper's in its own runs alone; where it is auto, lr grows."""
     args = settings(flags)
     assert (args.period, args.lr, args.lam) == (period, pytest.approx(lr), lam)
 
