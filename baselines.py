@@ -19,7 +19,7 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
     prospr     |dL/dm| through a few steps of training                            1 batch    Alizadeh et al. 2022
     magnitude  |w| as drawn;   random  uniformly random;   dense  everything      none       controls
 
-As a library: METHOD(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where METHOD is at_init(...,
+As a library: FUNCTION(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), one of at_init(...,
 score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
 train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is the criterion of imp and edge_popup
 (scores need tensors and class indices). The model is left in eval mode, holding w * m. New weights are drawn, except
@@ -261,7 +261,7 @@ def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=Fal
             raise FloatingPointError(f"{score}'s scores are not finite on this network")
         alive, n = p[m], how.count(f.d, sparsity ** (k / how.rounds))
         m = m.masked_scatter(m, largest(alive, [len(alive)], [n], invert))
-    return ours.settle(w, p.to(w), m.to(w), m.to(w))
+    return ours.settle(w, p, m.to(w), m.to(w))
 
 
 # --- Edge-popup, and the variants of Table 3 ----------------------------------------------------------------
@@ -412,13 +412,12 @@ def smart_ratio_search(
     gm.reseed(seed, "trials")
     tried, accs = torch.randperm(len(grid))[:trials].tolist(), []
     for i, k in enumerate(tried):
-        f.restore(fresh)
         v = phase(
             f"trial {i}", gm.finetune, f, w, random_mask(f, grid[k], seed), rest, epochs=epochs // trials, lr=lr,
             schedule=schedule, batch_size=batch_size, seed=seed,
         )  # fmt: skip
         accs.append(gm.accuracy(f, held, v))
-    f.restore(fresh)
+        f.restore(fresh)
     m = random_mask(f, grid[tried[accs.index(max(accs))]], seed)
     return f.settle(w, m, m, m)
 
@@ -862,7 +861,6 @@ def paper(args, more):
     Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go to every run.
     """
     experiment = EXPERIMENTS[args.experiment]
-    more = [a for a in more if a != "--resume"]  # it always does
     flags = {a.split("=")[0] for a in more}
     if "--seed" in flags:
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
@@ -885,8 +883,8 @@ def paper(args, more):
             found[seed] = result
     for (_, network, s), found in results.items():
         for seed, result in found.items():
-            random = results.get(("Random", network, s), {}).get(seed)
-            result["random_acc"] = random and random["post_finetune_acc"]
+            chance = results.get(("Random", network, s), {}).get(seed)
+            result["random_acc"] = chance and chance["post_finetune_acc"]
     if any(results.values()):
         show(experiment, args, {point: list(found.values()) for point, found in results.items()})
     elif not failed:
@@ -903,8 +901,6 @@ def make(run):
             gm.run_command(run, **plan(run))
     except (gm.InputError, FloatingPointError) as e:
         raise gm.InputError(f"{run.command}: {e}") from e
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("give the same command again") from None
 
 
 def dry_run(runs):

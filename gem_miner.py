@@ -231,10 +231,6 @@ def sgd(params, eta, weight_decay=0.0):
     return torch.optim.SGD(params, lr=eta, momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
-def sgd_decayed(params, eta):
-    return sgd(params, eta, weight_decay=1e-4)
-
-
 def adam(params, eta):
     return torch.optim.Adam(params, lr=eta, fused=True)
 
@@ -256,7 +252,7 @@ class Network(nn.Module):
     float64 if the model is. bf16: run under bfloat16 autocast. compile: train through torch.compile.
     """
 
-    rank, world, share = 0, 1, 1.0  # of several processes: see join and own_part
+    rank, world, share = 0, 1, 1.0  # of several processes: see prepare and own_part
 
     def __init__(self, model, prune=None, bf16=False, compile=False):
         super().__init__()
@@ -312,7 +308,7 @@ class Network(nn.Module):
         return torch.promote_types(self.model.get_parameter(self.names[0]).dtype, torch.float32)
 
     def forward(self, v, x, others=None):
-        """The model's output for a batch x (as for mine) under the weights v (d,), and others() if not its own."""
+        """The model's output for a batch x (as for mine) under weights v (d,); others: {name: tensor}, for others()."""
         if v.requires_grad and torch.is_grad_enabled():
             if self.world > 1:
                 v.register_hook(partial(add_up, self))
@@ -428,7 +424,10 @@ def begin_epoch(f, opt, schedule, eta, j, E, seed, phase):
     reseed(seed, phase, j)
     f.train()
     if schedule:
-        eta = {"cosine": cosine, "multistep": multistep}.get(schedule, schedule)(eta, j, E)
+        schedule = {"cosine": cosine, "multistep": multistep}.get(schedule, schedule)
+        if not callable(schedule):
+            raise InputError(f"a schedule is 'cosine', 'multistep', a function (lr, j, E) or None: not {schedule!r}")
+        eta = schedule(eta, j, E)
         for group in opt.param_groups:
             group["lr"] = eta
     return Stats(j, opt.param_groups[0]["lr"], f)
@@ -464,7 +463,8 @@ class Stats:
         total, n, correct = meet(self.f, self.loss, self.n, self.correct)
         loss = float(total / n)
         if not (math.isfinite(loss) and params.isfinite().all()):
-            raise FloatingPointError(f"the loss is not finite in epoch {self.j}: lower the learning rate or lambda")
+            what = f"the loss or the weights are not finite in epoch {self.j}"
+            raise FloatingPointError(f"{what}: lower the learning rate or lambda")
         acc = round(100 * float(correct) / n, 4)
         return {"epoch": self.j, "lr": self.eta, "loss": loss, "train_acc": None if math.isnan(acc) else acc}
 
@@ -546,6 +546,8 @@ def fit(
     opt = optimizer(trained, lr)
     if state:
         opt.load_state_dict(state["optimizer"])
+        for t, value in zip(others.values(), state["others"]):  # in full precision, unlike those of the model
+            t.data.copy_(value)
     for j in range(first, epochs + 1):
         if left == 0:
             break
@@ -564,7 +566,7 @@ def fit(
         kept = int(v.count_nonzero())
         row = stats.row(u) | {"q": kept, "m": kept}  # one mask now; the two columns show it
         if on_epoch:
-            now = {"epoch": j, "left": left, "u": u.detach()}
+            now = {"epoch": j, "left": left, "u": u.detach(), "others": [t.detach() for t in others.values()]}
             if on_epoch(row, v, {**ours, **now, "optimizer": opt.state_dict(), "rest": f.rest()}):
                 return u.detach()
     if left:
@@ -572,7 +574,9 @@ def fit(
     return u.detach()
 
 
-def finetune(model, w, m, train, *, epochs=150, lr=0.01, optimizer=sgd_decayed, schedule=multistep, **kw):
+def finetune(
+    model, w, m, train, *, epochs=150, lr=0.01, optimizer=partial(sgd, weight_decay=1e-4), schedule=multistep, **kw
+):  # fmt: skip
     """Train the weights w (d,) under the fixed mask m (d,), both in the order of Network.names (paper, A.3.2).
 
     The mask is part of the function, f(w * m, x), so neither momentum nor weight decay can revive a weight.
@@ -676,11 +680,6 @@ def minibatches(f, data, batch_size):
 
 
 # --- Several processes (torchrun) ---------------------------------------------------------------------------
-
-
-def join(f):
-    """Train f together with the other processes of torch.distributed, which all do the same from here on."""
-    f.rank, f.world = dist.get_rank(), dist.get_world_size()
 
 
 def own_part(f, batch):
@@ -1066,9 +1065,14 @@ BY_HAND = {  # what to put into --data-dir, as it is
 
 # --- A run's folder: one file a phase -----------------------------------------------------------------------
 
+AGAIN = "give the same command again, with --resume if an epoch was finished"
 # torchrun's number of this process: the first one alone writes and prints.
 RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # the line that tells how far an epoch is
+
+
+def clear():
+    """What clears the line that tells how far an epoch is; nothing if there is no terminal."""
+    return "\r\033[K" if sys.stdout.isatty() else ""
 
 
 def write(path, content):
@@ -1086,7 +1090,7 @@ def write(path, content):
     except (OSError, RuntimeError) as e:  # RuntimeError: torch.save's
         if part.exists():
             part.unlink()
-        raise InputError(f"cannot write {path} ({e}): make that possible, then go on with --resume") from e
+        raise InputError(f"cannot write {path} ({e}): make that possible, then {AGAIN}") from e
 
 
 def read(path, device="cpu"):
@@ -1145,8 +1149,10 @@ class Run:
         if not path.exists():
             return path, {}
         saved = read(path, self.f.device)
-        mining = name.startswith("mine")  # whatever trains the gem afterwards
-        ours = {k: v for k, v in self.settings.items() if not (mining and k.startswith("finetune"))}
+        # A search can be gone on with, however its gem is finetuned. (IMP's rounds have the rate of finetuning.)
+        aside = "finetune" if name.startswith("mine") else "finetune_epochs"
+        search = name not in ("finetune", *CHECKS)
+        ours = {k: v for k, v in self.settings.items() if not (search and k.startswith(aside))}
         same_settings(ours, saved.get("settings", {}), path)
         return path, saved
 
@@ -1187,15 +1193,11 @@ class Run:
         left, d = timedelta(seconds=int(max(0, self.left) * row["seconds"])), self.f.d
         train_acc, test_acc = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("train_acc", "test_acc"))
         print(
-            f"{CLEAR}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f} {train_acc:>8}"
+            f"{clear()}{row['phase']:<16} {row['epoch']:>5} {row['lr']:>10.3g} {row['loss']:>7.4f} {train_acc:>8}"
             f" {test_acc:>7} {100 * row['q'] / d:>7.3f} {100 * row['m'] / d:>8.3f} {row['seconds']:>8.1f}"
             f" {left!s:>9}",
             flush=True,
         )
-
-    def accuracy(self, phase):
-        """Percent of the test images after the last epoch of a phase; None if it has had none."""
-        return self.rows[phase][-1]["test_acc"] if self.rows[phase] else None
 
 
 class ShownBatches(Batches):
@@ -1204,9 +1206,9 @@ class ShownBatches(Batches):
     def __iter__(self):
         last = time.monotonic()
         for number, batch in enumerate(super().__iter__()):
-            if CLEAR and time.monotonic() - last > 0.2:
+            if time.monotonic() - last > 0.2 and clear():
                 last = time.monotonic()
-                print(f"{CLEAR}  batch {number} of {len(self)}", end="", flush=True)
+                print(f"{clear()}  batch {number} of {len(self)}", end="", flush=True)
             yield batch
 
 
@@ -1237,7 +1239,7 @@ def number_or_auto(text):
 
 
 def place(text):
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # as it is if there is no such user
 
 
 RANGES = {  # of the flags of both programs that are numbers: (least, most)
@@ -1312,6 +1314,9 @@ def check_values(args):
             raise InputError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, not {value:g}")
 
 
+AUTO = ("sgd", "l2", "deterministic")  # what --lam auto is for
+
+
 def complete(args):
     """Fill in what was not given, from the paper's tables, and check what depends on more than one flag."""
     if args.dataset not in LOADERS and not args.dataset.startswith("folder:"):
@@ -1320,7 +1325,7 @@ def complete(args):
         raise InputError("--image-size is for --dataset folder:PATH; the other data sets have their own size")
     paper = paper_setting(args.model, args.dataset, args.sparsity)
     args.epochs = args.epochs or paper.epochs
-    if getattr(args, "lam", "given") is None and not is_papers(args, paper):
+    if getattr(args, "lam", "given") is None and not keeps_papers_lambda(args, paper):
         args.lam = "auto"
     auto = getattr(args, "lam", None) == "auto"
     lr = paper.lr * rate_factor(args, paper) if auto else paper.lr
@@ -1345,15 +1350,12 @@ def complete(args):
     return args
 
 
-def is_papers(args, row):
+def keeps_papers_lambda(args, row):
     """Whether lambda must be that of a row of PAPER: since the run is that row's, or since no other can be chosen."""
     near = abs(math.log(row.sparsity / args.sparsity)) < 0.1
     size = args.batch_size or row.batch_size
     same = (args.model, args.dataset, args.epochs, size) == (row.model, row.dataset, row.epochs, row.batch_size)
     return near and same or (args.optimizer or row.optimizer, args.penalty, args.rounding) != AUTO
-
-
-AUTO = ("sgd", "l2", "deterministic")  # what --lam auto is for
 
 
 def rate_factor(args, paper):
@@ -1382,7 +1384,8 @@ def keep_freed_memory():
     """glibc hands big freed blocks back to the system, which makes all of a step's activations page faults."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        if not mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD
+            mallopt(-3, 2**25)  # the most that older ones take
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -1404,7 +1407,7 @@ def prepare(args):
         load_imagenet_weights(model)
     f = Network(model.to(args.device), bf16=args.bf16, compile=args.compile)
     if dist.is_initialized():
-        join(f)
+        f.rank, f.world = dist.get_rank(), dist.get_world_size()
     check_sparsity(args.sparsity, f.d)
     stats = data.stats or pixel_stats(data.train.x)
     train, test = (Split(*(t.to(args.device) for t in split)) for split in (data.train, data.test))
@@ -1458,9 +1461,9 @@ def run_command(args, find, epochs, text, init, checks):
     run = Run(args.out, {**settings(args), "images": images}, args.resume, f, test)
     run.saved("finetune")  # if it is of another run, that is said before anything is written
     meet(f)  # no process goes on before all have seen what is in the folder
-    checks = [name for name in checks if name in args.checks or (args.out / f"{name}.pt").exists()]  # begun: goes on
+    checks = [name for name in checks if name in args.checks or any(args.out.glob(f"*{name}*.pt"))]  # begun: goes on
     run.left = cost(args, epochs, checks)
-    show_head(args, f, train, test, text)
+    show_head(args, f, train, test, text, build["num_classes"])
     init = given if build["affine"] else init  # Caltech-101's ResNet-50 is pretrained
     search = {"init": init, "seed": args.seed}
     tuning = {"epochs": args.finetune_epochs, "lr": args.finetune_lr, "schedule": finetune_schedule(args)}
@@ -1509,14 +1512,14 @@ def run_command(args, find, epochs, text, init, checks):
     report(run, args, gem, accs, masks, epochs)
 
 
-def show_head(args, f, train, test, text):
+def show_head(args, f, train, test, text, classes):
     kept, (what, column) = round(args.sparsity * f.d), ("validate", "val") if args.val else ("test", "test")
     schedule, drops = args.finetune_schedule, [max(1, round(args.finetune_epochs * t)) for t in args.milestones]
     later = schedule if schedule == "cosine" else "a tenth after " + " and ".join(map(str, drops))
     precision = "bfloat16" if args.bf16 else "float32"
     print(
         f"{args.method:<10} {args.model}, d = {f.d:,}; keep {kept:,} weights ({100 * args.sparsity:g}%)\n"
-        f"data       {args.dataset}: {int(train.y.max()) + 1} classes; {len(train.y):,} images to train on,"
+        f"data       {args.dataset}: {classes} classes; {len(train.y):,} images to train on,"
         f" {len(test.y):,} to {what} on; batches of {args.batch_size}\n"
         f"defaults   those of {args.defaults}\n"
         f"search     {text}\n"
@@ -1552,7 +1555,8 @@ def report(run, args, gem, accs, masks, epochs):
     f, mask = run.f, masks.pop("finetune")
     layers = [{"name": n, "total": t, "kept": k} for (n, k), t in zip(f.counts(mask).items(), f.sizes)]
     kept, kept_q, kept_m = (int(v.count_nonzero()) for v in (mask, gem.q, gem.m))
-    acc = run.accuracy("finetune")
+    after = {name: rows[-1]["test_acc"] for name, rows in run.rows.items() if rows}
+    acc = after.get("finetune")
     result = {
         **run.settings, "total": f.d, "kept": kept, "kept_q": kept_q, "kept_m": kept_m, "layers": layers,
         "pre_finetune_acc": accs[0], "reestimated_acc": accs[1], "post_finetune_acc": acc, "search_epochs": epochs,
@@ -1575,7 +1579,7 @@ def report(run, args, gem, accs, masks, epochs):
         print("\nsanity checks: passed if the accuracy falls by more than 3 standard errors of the difference")
         print(f"  {args.method:<24}{acc:>7.2f}%  {kept:>9,} weights")
     for name, m in masks.items():
-        its, n = run.accuracy(name), int(m.count_nonzero())
+        its, n = after[name], int(m.count_nonzero())
         passed = clearly_above(acc, its, len(run.test.y))
         result["checks"][name] = {"post_finetune_acc": its, "kept": n, "passed": passed}
         print(f"  {CHECKS[name]:<24}{its:>7.2f}%  {n:>9,} weights  {'passed' if passed else 'NOT passed'}")
@@ -1604,14 +1608,13 @@ def warn_plainly():
     if RANK:
         sys.stdout = open(os.devnull, "w")
     warnings.simplefilter("ignore" if RANK else "default", UserWarning)
-    warnings.showwarning = lambda message, *_: print(f"{CLEAR}warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"{clear()}warning: {message}", file=sys.stderr)
 
 
 def exit_code(prog, e):
     """Say in one line what ended the program: 2 if the user can put it right, 130 after Ctrl-C; else raise it again."""
     if isinstance(e, KeyboardInterrupt):
-        again = str(e) or "give the same command, with --resume if an epoch was finished"
-        print(f"{CLEAR}interrupted; to continue, {again}", file=sys.stderr)
+        print(f"{clear()}interrupted; to continue, {AGAIN}", file=sys.stderr)
         return 130
     if RANK and isinstance(e, InputError):
         return 2  # the first process has said it
@@ -1622,7 +1625,7 @@ def exit_code(prog, e):
         reason = f"--compile does not work here, so leave it out ({reason[:200]})"
     elif not isinstance(e, (InputError, FloatingPointError, ImportError, OSError)):
         raise e
-    print(f"{CLEAR}{prog}: error: {reason}", file=sys.stderr)
+    print(f"{clear()}{prog}: error: {reason}", file=sys.stderr)
     return 2
 
 
