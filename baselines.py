@@ -19,7 +19,7 @@ the paper's Table 1, with the epochs that the search costs at 1.44% where the pa
     prospr     |dL/dm| through a few steps of training                            1 batch    Alizadeh et al. 2022
     magnitude  |w| as drawn;   random  uniformly random;   dense  everything      none       controls
 
-As a library: FUNCTION(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), one of at_init(...,
+As a library: find(model, train, sparsity=..., seed=0, ...) -> Gem(w, scores, m, m), where find is at_init(...,
 score="snip"), smart_ratio_ticket, or, with epochs=..., imp or edge_popup; then gem_miner.finetune(model, gem.w, gem.m,
 train, lr=0.1). model, train and batch_size are as for gem_miner.mine, and so is the criterion of imp and edge_popup
 (scores need tensors and class indices). The model is left in eval mode, holding w * m. New weights are drawn, except

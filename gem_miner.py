@@ -308,7 +308,7 @@ class Network(nn.Module):
         return torch.promote_types(self.model.get_parameter(self.names[0]).dtype, torch.float32)
 
     def forward(self, v, x, others=None):
-        """The model's output for a batch x (as for mine) under weights v (d,); others: {name: tensor}, for others()."""
+        """The model's output for a batch x (as for mine) under weights v (d,); others: {name: tensor} to use, too."""
         if v.requires_grad and torch.is_grad_enabled():
             if self.world > 1:
                 v.register_hook(partial(add_up, self))
