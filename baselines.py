@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Every method that "Rare Gems" compares Gem-Miner with, on the same networks, data, training loop and output.
 
-    python baselines.py imp --rewind 1000 --sparsity 0.0144    # METHOD, and the flags of gem_miner.py
-    python baselines.py paper table3 --dry-run                 # a table or figure of the paper: its runs, their cost
-    python baselines.py paper table3 --epochs 20 --seeds 3     # the same, run, each 150 epochs scaled down to 20
-    python baselines.py bench                                  # what a step of training costs on this machine
+    python baselines.py imp --rewind 1000 --sparsity 0.0144      # METHOD, and the flags of gem_miner.py
+    python baselines.py paper table1 --dataset digits --epochs 10  # the paper's Table 1 in half an hour, no download
+    python baselines.py paper table3 --dry-run                   # a table or figure of the paper: its runs, their cost
+    python baselines.py paper table3 --epochs 20 --seeds 3       # the same, run, each 150 epochs scaled down to 20
+    python baselines.py bench                                    # what a step of training costs on this machine
 
 A method finds, for weights w, a mask m of what to keep; gem_miner.finetune then trains w under m. In the order of
 the paper's Table 1, with the epochs that the search costs at 1.44% where the paper trains for 150:
@@ -35,7 +36,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import inspect
 import itertools
 import json
 import math
@@ -53,27 +53,20 @@ import torch.nn.functional as F
 
 import gem_miner as gm
 
-# --- What all methods share ---------------------------------------------------------------------------------
+# --- Pruning by training: IMP and learning-rate rewinding ---------------------------------------------------
 
 
 def floor(x):
     return int(x + 1e-6)  # int((1 - 0.9) * 10) is 0
 
 
-def largest(p, sizes, counts, invert=False):
-    """A mask (d,) in bool: of each part of p (d,), cut into `sizes`, the counts[l] largest (invert: the smallest)."""
-    m = torch.zeros_like(p, dtype=torch.bool)
-    for part, scores, n in zip(m.split(sizes), p.split(sizes), counts):
-        part.index_fill_(0, scores.topk(n, largest=not invert, sorted=False).indices, True)  # waits for no GPU
-    return m
+def ceil(x):
+    return math.ceil(x - 1e-6)
 
 
-def at_once(name, method, *args, **kw):
+def call(name, method, *args, **kw):
     """A phase of a method that has several: just the call. The command line's, gm.Run.phase, saves and shows."""
     return method(*args, **kw)
-
-
-# --- Pruning by training: IMP and learning-rate rewinding ---------------------------------------------------
 
 
 def imp_rounds(s):
@@ -85,7 +78,7 @@ def imp_rounds(s):
 
 def imp(
     model, train, *, sparsity, epochs, rewind=0, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal,
-    criterion=F.cross_entropy, batch_size=128, seed=0, phase=at_once,
+    criterion=gm.cross_entropy, batch_size=128, seed=0, phase=call,
 ):  # fmt: skip
     """Iterative magnitude pruning (Frankle & Carbin, 2019; Frankle et al., 2020). Cost: `epochs`, over all rounds.
 
@@ -96,35 +89,30 @@ def imp(
     warm rounds the learning rate goes on from that step; here, as in Rare Gems, it starts anew.)
     """
     f, rounds = gm.Network.of(model), imp_rounds(sparsity)
-    E = epochs // rounds
+    E = int(epochs) // rounds
     if not E:
         raise gm.InputError(f"{rounds} rounds need {rounds} epochs or more, not {epochs}")
-    steps = E * gm.count_batches(train, batch_size)
-    if rewind and 0 < steps < rewind:
+    steps = E * gm.count_batches(train, batch_size) if rewind else 0
+    if rewind and rewind > steps:
         raise gm.InputError(f"there is no step {rewind} to rewind to: a round has {steps}")
-
-    def trained(name, i, w, m, **kw):
-        return phase(
-            name, gm.finetune, f, w, m, train, epochs=E, lr=lr, schedule=schedule, criterion=criterion,
-            batch_size=batch_size, seed=f"{seed}, round {i}", **kw,
-        )  # fmt: skip
-
+    how = {"epochs": E, "lr": lr, "schedule": schedule, "criterion": criterion, "batch_size": batch_size}
     w = start = gm.draw(f, init, seed)
     m, rest = torch.ones_like(w), f.rest()
     if rewind:  # the first steps of the first round, which the first round then takes once more
-        start = trained("rewind", 0, w, m, steps=rewind)
+        start = phase("rewind", gm.finetune, f, w, m, train, steps=rewind, seed=f"{seed}, round 0", **how)
         fresh, rest = rest, f.rest()
         f.restore(fresh)
     for i in range(rounds):
-        w = trained(f"round {i}", i, w, m)
-        p, alive = w.abs(), int(m.count_nonzero())
+        w = phase(f"round {i}", gm.finetune, f, w, m, train, seed=f"{seed}, round {i}", **how)
+        p, alive = w.abs(), int(m.sum())
         gm.reseed(seed, "prune", i)
         # One more than 20%: theirs (open_lth) keeps what is strictly above the threshold.
         m = gm.freeze(p, m, max(1, alive - math.ceil(alive / 5) - 1))
         if rewind is not None:
             w = start
             f.restore(rest)
-    return f.settle(w, p, m, m)
+    f.finish(w, m)
+    return gm.Gem(w, p, m, m)
 
 
 # --- Pruning at initialisation: a score for each weight -----------------------------------------------------
@@ -137,7 +125,7 @@ def snip(f, w, batches):
     f.eval()
     x, y = next(batches())
     w = w.clone().requires_grad_()
-    return (w * torch.autograd.grad(F.cross_entropy(f(w, x), y), w)[0]).abs().detach()
+    return (w * torch.autograd.grad(gm.cross_entropy(f(w, x), y), w)[0]).abs().detach()
 
 
 def grasp(f, w, batches, per_class=10, T=200):
@@ -153,7 +141,7 @@ def grasp(f, w, batches, per_class=10, T=200):
     parts = balanced(f, w, batches(), per_class)
 
     def gradient(x, y):
-        return torch.autograd.grad(F.cross_entropy(f(w, x) / T, y, reduction="sum"), w, create_graph=True)[0]
+        return torch.autograd.grad(gm.cross_entropy(f(w, x) / T, y, reduction="sum"), w, create_graph=True)[0]
 
     g = sum(gradient(x, y).detach() for x, y in parts)
     Hg = sum(torch.autograd.grad(gradient(x, y) @ g, w)[0] for x, y in parts)
@@ -201,14 +189,15 @@ def prospr(f, w, batches, K=3, eta=0.1):
     x, y = next(batches())
     x = x.to(w.dtype) if x.is_floating_point() else x
     c = torch.ones_like(w).requires_grad_()
-    others = f.others()
+    others = f.unpruned()
     theta = [c * w, *others.values()]
 
     def loss():
-        return F.cross_entropy(f.call(theta[0], x, dict(zip(others, theta[1:]))), y)
+        return gm.cross_entropy(f.call(theta[0], x, dict(zip(others, theta[1:]))), y)
 
     for _ in range(K):
-        theta = [t - eta * g for t, g in zip(theta, torch.autograd.grad(loss(), theta, create_graph=True))]
+        slopes = torch.autograd.grad(loss(), theta, create_graph=True, materialize_grads=True)
+        theta = [t - eta * g for t, g in zip(theta, slopes)]
     return torch.autograd.grad(loss(), c)[0].abs()
 
 
@@ -228,10 +217,10 @@ class Score(NamedTuple):
 SCORES = {
     "snip": Score(snip),
     # Theirs removes what is worse than the int(d * (1 - s))-th worst score, but not that one: one more is kept.
-    "grasp": Score(grasp, lambda d, s: min(d, math.ceil(d * s - 1e-6) + 1)),
-    "synflow": Score(synflow, lambda d, s: math.ceil(d * s - 1e-6), rounds=100, dtype=torch.float64),
+    "grasp": Score(grasp, lambda d, s: min(d, ceil(d * s) + 1)),
+    "synflow": Score(synflow, lambda d, s: ceil(d * s), rounds=100, dtype=torch.float64),
     # In float32 on a CPU, a third of ProsPr's mask would be noise.
-    "prospr": Score(prospr, lambda d, s: math.ceil(d * s - 1e-6), dtype=torch.float64),
+    "prospr": Score(prospr, lambda d, s: ceil(d * s), dtype=torch.float64),
     # With Kaiming's distribution, what remains is in the layers with few inputs.
     "magnitude": Score(lambda f, w, batches: w.abs()),
     "random": Score(random),
@@ -240,31 +229,37 @@ SCORES = {
 
 
 def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=False, batch_size=128, seed=0):
-    """Keep the weights with the largest scores (invert: the smallest); score is a key of SCORES.
+    """Keep the weights with the largest scores (invert: the smallest); score is a key of SCORES. Ties fall at random.
 
     Scores are computed on a copy of the network, so that BatchNorm's statistics stay as they are.
     """
     if score not in SCORES:
         raise gm.InputError(f"the scores are {', '.join(SCORES)}, not {score!r}")
-    ours, how = gm.Network.of(model), SCORES[score]
-    gm.check_sparsity(sparsity, ours.d)
+    ours, how, s = gm.Network.of(model), SCORES[score], float(sparsity)
+    gm.check_sparsity(s, ours.d)
     w = gm.draw(ours, init, seed)
-    device = "cpu" if how.dtype and ours.device.type == "mps" else ours.device  # MPS has no float64
-    model = copy.deepcopy(ours.model).to(device, how.dtype)
-    f = gm.Network(model, prune=lambda name, _: name in ours.names)
+    f = gm.Network(copy.deepcopy(ours.model).to(how.dtype), prune=lambda name, _: name in ours.names)
     batches = partial(gm.minibatches, f, train, batch_size)
-    v, m = w.to(f.device, f.dtype), torch.ones(f.d, dtype=torch.bool, device=f.device)
+    v, m = w.to(f.dtype), torch.ones(f.d, dtype=f.dtype, device=f.device)
     gm.reseed(seed, "score")
     for k in range(1, how.rounds + 1):
         p = how.score(f, v * m, batches)
         if not p.sum().isfinite():
             raise FloatingPointError(f"{score}'s scores are not finite on this network")
-        alive, n = p[m], how.count(f.d, sparsity ** (k / how.rounds))
-        m = m.masked_scatter(m, largest(alive, [len(alive)], [n], invert))
-    return ours.settle(w, p, m.to(w), m.to(w))
+        m = gm.freeze(p, m, how.count(f.d, s ** (k / how.rounds)), invert)
+    ours.finish(w, m.to(w))
+    return gm.Gem(w, p, m.to(w), m.to(w))
 
 
 # --- Edge-popup, and the variants of Table 3 ----------------------------------------------------------------
+
+
+def largest(p, sizes, counts, invert=False):
+    """A mask (d,) in bool: of each part of p (d,), cut into `sizes`, the counts[l] largest (invert: the smallest)."""
+    m = torch.zeros_like(p, dtype=torch.bool)
+    for part, scores, n in zip(m.split(sizes), p.split(sizes), counts):
+        part.index_fill_(0, scores.topk(n, largest=not invert, sorted=False).indices, True)  # waits for no GPU
+    return m
 
 
 def popup_count(d, s, j, E, T):
@@ -280,7 +275,7 @@ def popup_count(d, s, j, E, T):
 
 def edge_popup(
     model, train, *, sparsity, epochs, whole=False, period=None, regularize=False, lr=0.1, init=gm.signed_constant,
-    invert=False, criterion=F.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None,
+    invert=False, criterion=gm.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None,
 ):  # fmt: skip
     """Edge-popup (Ramanujan et al., 2020): learn scores p; the network is w * m, m the top s of |p| in every layer.
 
@@ -289,28 +284,38 @@ def edge_popup(
     (weights may return); regularize: with lambda * ||p||^2, lambda = 1e-4. Cost: `epochs`.
     """
     f = gm.Network.of(model)
-    d, s, whole = f.d, sparsity, whole or period
+    d, s, E, first = f.d, float(sparsity), int(epochs), 1
     gm.check_sparsity(s, d)
     w = gm.draw(f, init, seed)
     gm.reseed(seed, "scores")  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)); he_std is sqrt(2/fan_in)
-    p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w)
-    if whole:
-        sizes, goal = [d], [max(1, floor(d * s))]
-    else:
-        sizes, goal = f.sizes, [math.ceil(n * s - 1e-6) for n in f.sizes]
-
-    def effective(p, j):
-        counts = [popup_count(d, s, j, epochs, period)] if period else goal
-        return w * gm.straight_through(p.abs(), largest(p.detach().abs(), sizes, counts, invert))
-
+    p = ((2 * torch.rand(d, dtype=f.dtype) - 1) * f.he_std() / 2**0.5).to(w).requires_grad_()
     # Theirs: weight decay 5e-4 on the scores. lambda * ||p||^2 has the gradient of a weight decay of 2 * lambda.
-    p = gm.fit(
-        f, p, effective, train, phase="edge-popup", epochs=epochs, lr=lr, schedule=gm.cosine,
-        optimizer=partial(gm.sgd, weight_decay=7e-4 if regularize else 5e-4), criterion=criterion,
-        batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
-    ).abs()  # fmt: skip
-    m = largest(p, sizes, goal, invert).to(w)
-    return f.settle(w, p, m, m)
+    opt = gm.sgd([p], lr, weight_decay=7e-4 if regularize else 5e-4)
+    sizes, counts = f.sizes, [ceil(n * s) for n in f.sizes]
+    if whole or period:
+        sizes, counts = [d], [max(1, floor(d * s))]
+    if state:
+        first = state["epoch"] + 1
+        gm.resume(state, f, opt, p)
+    for j in range(first, E + 1):
+        stats = gm.begin_epoch(f, opt, gm.cosine(lr, j, E), seed, "edge-popup", j)
+        now = [popup_count(d, s, j, E, period)] if period else counts
+        for x, y in gm.minibatches(f, train, batch_size):
+            m = largest(p.detach().abs(), sizes, now, invert)
+            out = f(w * gm.straight_through(p.abs(), m), x)
+            loss = criterion(out, y)
+            opt.zero_grad()
+            loss.backward(inputs=[p])
+            opt.step()
+            stats.add(loss, out, y)
+        row = stats.row(p, q=sum(now), m=sum(now))
+        if on_epoch:
+            v = w * largest(p.detach().abs(), sizes, now, invert)
+            on_epoch(row, v, gm.snapshot(f, opt, p, epoch=j))
+    p = p.detach().abs()
+    m = largest(p, sizes, counts, invert).to(w)
+    f.finish(w, m)
+    return gm.Gem(w, p, m, m)
 
 
 # --- Smart ratio: only the densities of the layers matter ---------------------------------------------------
@@ -322,15 +327,13 @@ def smart_ratio(sizes, s, vgg=False, last=0.3):
     p_l is in proportion to (L-l+1)^2 + (L-l+1), for VGG divided by l^2; p_L = 0.3. What would exceed 1 is carried
     over to the next layer.
     """
-    gm.check_sparsity(s, sum(sizes))
-    L, budget = len(sizes), s * sum(sizes) - last * sizes[-1]
-    if L < 2:
-        raise gm.InputError("smart ratio is for networks of two layers or more")
-    if budget <= 0:
-        least = last * sizes[-1] / sum(sizes)
-        raise gm.InputError(f"smart ratio keeps 30% of the last layer: take a sparsity above {least:.2g}, not {s:g}")
+    L, total, fixed = len(sizes), sum(sizes), last * sizes[-1]
+    least, most = fixed / total, 1 - (sizes[-1] - fixed) / total
+    if L < 2 or not least < s <= most:
+        between = f"above {least:.2g}, at most {math.floor(1e4 * most) / 1e4:g}"
+        raise gm.InputError(f"smart ratio keeps 30% of the last of two or more layers: take s {between}, not {s:g}")
     raw = [((L - l + 1) ** 2 + (L - l + 1)) / (l**2 if vgg else 1) for l in range(1, L)]
-    g = budget / sum(n * r for n, r in zip(sizes, raw))
+    g = (s * total - fixed) / sum(n * r for n, r in zip(sizes, raw))
     p, carry = [g * r for r in raw], 0
     for l, n in enumerate(sizes[:-1]):
         if p[l] + carry / n <= 1:
@@ -367,47 +370,63 @@ def random_mask(f, p, seed):
 def smart_ratio_ticket(model, train, *, sparsity=None, densities=None, init=gm.kaiming_normal, seed=0):
     """Random weights of every layer; densities: p_1, ..., p_L (default: those of smart_ratio(f.sizes, sparsity))."""
     f = gm.Network.of(model)
-    m = random_mask(f, densities or smart_ratio(f.sizes, sparsity or 0), seed)
-    return f.settle(gm.draw(f, init, seed), m, m, m)
+    m = random_mask(f, densities or smart_ratio(f.sizes, float(sparsity)), seed)
+    w = gm.draw(f, init, seed)
+    f.finish(w, m)
+    return gm.Gem(w, m, m, m)
+
+
+def per_weight(f, p):
+    """The density (d,) of the layer that each weight belongs to."""
+    return torch.cat([x.expand(n) for x, n in zip(p, f.sizes)])
 
 
 def tune_densities(
-    model, train, p, *, epochs, lr=1e-6, criterion=F.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None
+    model, train, p, *, epochs, lr=1e-6, criterion=gm.cross_entropy, batch_size=128, seed=0, on_epoch=None, state=None
 ):
     """Minimise equation (1) of appendix B by SGD over the densities p (SR-v5, v6). Returns the new ones.
 
     The weights are signed constants, each kept with the probability of its layer, drawn anew in every step.
     """
-    f = gm.Network.of(model)
+    f, first = gm.Network.of(model), 1
     w, own, fresh = gm.draw(f, gm.signed_constant, seed), f.vector(), f.rest()
-
-    def boxed(params, eta):
-        opt = gm.sgd(params, eta)
-        opt.register_step_post_hook(lambda *_: params[0].data.clamp_(0, 1))
-        return opt
-
-    p = gm.fit(
-        f, torch.tensor(p, dtype=f.dtype),
-        lambda p, j: w * gm.round_random(torch.cat([x.expand(n) for x, n in zip(p, f.sizes)])), train,
+    p = torch.tensor(p, dtype=f.dtype, device=f.device, requires_grad=True)
+    opt = gm.sgd([p], lr)
+    if state:
+        first = state["epoch"] + 1
+        gm.resume(state, f, opt, p)
+    for j in range(first, int(epochs) + 1):
         # Rare Gems' code: a cosine over 150 epochs, of which the paper has the tenth. Until there it hardly falls.
-        phase="equation 1", epochs=epochs, lr=lr, optimizer=boxed, schedule=lambda eta, j, E: eta,
-        criterion=criterion, batch_size=batch_size, seed=seed, on_epoch=on_epoch, state=state,
-    ).tolist()  # fmt: skip
+        stats = gm.begin_epoch(f, opt, lr, seed, "equation 1", j)
+        for x, y in gm.minibatches(f, train, batch_size):
+            out = f(w * gm.round_random(per_weight(f, p)), x)
+            loss = criterion(out, y)
+            opt.zero_grad()
+            loss.backward(inputs=[p])
+            opt.step()
+            p.data.clamp_(0, 1)
+            stats.add(loss, out, y)
+        v = w * gm.round_random(per_weight(f, p.detach()))
+        kept = int(v.count_nonzero())
+        row = stats.row(p, q=kept, m=kept)
+        if on_epoch:
+            on_epoch(row, v, gm.snapshot(f, opt, p, epoch=j))
     f.load(own)
     f.restore(fresh)
-    return p
+    return p.tolist()
 
 
 def smart_ratio_search(
     model, train, *, densities, trials, epochs, lr=0.1, schedule=gm.multistep, init=gm.kaiming_normal, batch_size=128,
-    seed=0, phase=at_once,
+    seed=0, phase=call,
 ):  # fmt: skip
-    """SR-v4: of `trials` of the sets of densities around these, the one that trains best. train: a Batches.
+    """SR-v4: of `trials` of the sets of densities around these, the one that trains best. train: a gm.Batches.
 
     Judged by a tenth of the training images, held out (the authors' code judges by the test set). Cost: `epochs`.
     """
-    f = gm.Network.of(model)
-    rest, held = hold_out(train)
+    f, pad, (h, w), stats = gm.Network.of(model), train.pad, train.size, (train.mean, train.std)
+    rest, held = gm.divide(gm.Split(train.x[:, pad : pad + h, pad : pad + w], train.y), 0.1)
+    rest, held = gm.Batches(rest, stats, train.batch_size, True, pad), gm.Batches(held, stats)
     grid, fresh, w = ratio_grid(densities), f.rest(), gm.draw(f, init, seed)
     gm.reseed(seed, "trials")
     tried, accs = torch.randperm(len(grid))[:trials].tolist(), []
@@ -419,147 +438,131 @@ def smart_ratio_search(
         accs.append(gm.accuracy(f, held, v))
         f.restore(fresh)
     m = random_mask(f, grid[tried[accs.index(max(accs))]], seed)
-    return f.settle(w, m, m, m)
-
-
-def hold_out(train):
-    """Two Batches: nine tenths of a Batches, and the other tenth as it is, neither cropped nor flipped."""
-    (h, w), pad, stats = train.size, train.pad, (train.mean, train.std)
-    rest, held = gm.divide(gm.Split(train.x[:, pad : pad + h, pad : pad + w], train.y), 0.1)
-    return type(train)(rest, stats, train.batch_size, True, pad), gm.Batches(held, stats)
+    f.finish(w, m)
+    return gm.Gem(w, m, m, m)
 
 
 # --- The command line of a method ---------------------------------------------------------------------------
+
+ALL, TWO = ("shuffle", "reinit", "invert"), ("shuffle", "reinit")
+POSSIBLE = {  # the checks that make sense
+    **dict.fromkeys(("snip", "grasp", "synflow", "prospr", "magnitude", "ep"), ALL),
+    **dict.fromkeys(("imp", "sr", "random"), TWO), "lrr": (), "dense": (),
+}  # fmt: skip
+SOURCES = {2: "Gem-Miner", 4: "IMP", 5: "Gem-Miner", 6: "SR-v4"}  # of the densities of a version of smart ratio
 
 
 def parser():
     import models
 
-    raw = argparse.RawDescriptionHelpFormatter
-    cli = gm.Parser(prog="baselines.py", description=__doc__, formatter_class=raw)
-    methods = cli.add_subparsers(dest="method", metavar="METHOD", required=True)
+    raw, quiet = argparse.RawDescriptionHelpFormatter, {"usage": argparse.SUPPRESS, "allow_abbrev": False}
+    cli = argparse.ArgumentParser("baselines.py", description=__doc__, formatter_class=raw, **quiet)
+    methods = cli.add_subparsers(dest="method", metavar="METHOD", required=True, prog="baselines.py")
     subs, rate = {}, "0.1; ep, except on ResNet-20: 0.01; Caltech-101: Table 15's"
-    for name in ("imp", "lrr", "ep", "sr", *SCORES):
-        subs[name] = methods.add_parser(name)
+    for name in POSSIBLE:
+        subs[name] = methods.add_parser(name, **quiet)
         gm.flags_of_all_methods(subs[name], rate, "multistep; ep on ResNet-20: cosine")
         subs[name].set_defaults(finetune_mask="q")
     for name in ("imp", "lrr", "sr"):
-        subs[name].add_argument("--round-epochs", type=int, help="of a round or trial (default: --finetune-epochs)")
-    subs["imp"].add_argument("--rewind", type=int, default=0, help="to this step; 0, cold, is the default")
-    g = subs["ep"].add_argument_group("variants of Table 3")
-    g.add_argument("--global", action="store_true", help="the top scores of the whole network, not of each layer")
-    g.add_argument("--gradual", action="store_true", help="--global, with fewer from period to period")
-    g.add_argument("--regularize", action="store_true", help="--gradual, with an L2 penalty on the scores")
-    g.add_argument("--period", type=int, help="T of --gradual (default: Gem-Miner's)")
-    g.add_argument("--lr", type=float, help="learning rate of the scores (default: 0.1; more, in fewer epochs)")
-    g = subs["sr"].add_argument_group("variants of Table 16")
+        about = "of a round or trial (default: --finetune-epochs)"
+        subs[name].add_argument("--round-epochs", type=gm.whole, help=about)
+    subs["imp"].add_argument("--rewind", type=gm.whole_or_0, default=0, help="to this step; 0, cold, is the default")
+    add = subs["ep"].add_argument_group("variants of Table 3").add_argument
+    add("--global", action="store_true", help="the top scores of the whole network, not of each layer")
+    add("--gradual", action="store_true", help="--global, with fewer from period to period")
+    add("--regularize", action="store_true", help="--gradual, with an L2 penalty on the scores")
+    add("--period", type=gm.whole, help="T of --gradual (default: Gem-Miner's)")
+    add("--lr", type=gm.positive, help="learning rate of the scores (default: 0.1; more, in fewer epochs)")
+    add = subs["sr"].add_argument_group("variants of Table 16").add_argument
     about = "SR-v1 to SR-v6 (default: 1; for 5 and 6, the paper's --epochs are 10)"
-    g.add_argument("--version", type=int, choices=range(1, 7), default=1, help=about)
-    g.add_argument("--from", metavar="RUN", help="the folder of a gem's run for 2 and 5, IMP's for 4, SR-v4's for 6")
-    g.add_argument("--trials", type=int, default=144, help="how many of SR-v4's 144 densities (default: all)")
-    g.add_argument("--lr", type=float, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
+    add("--version", type=int, choices=range(1, 7), default=1, help=about)
+    add("--from", metavar="RUN", help="the folder of a gem's run for 2 and 5, IMP's for 4, SR-v4's for 6")
+    add("--trials", type=gm.whole, default=144, help="how many of SR-v4's 144 densities (default: all)")
+    add("--lr", type=gm.positive, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
 
     names = "\n".join(f"  {name:<8} {experiment.about}" for name, experiment in EXPERIMENTS.items())
-    about = inspect.cleandoc(paper.__doc__)
-    g = methods.add_parser("paper", description=about, epilog=f"NAME:\n{names}", formatter_class=raw)
-    g.add_argument("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
-    g.add_argument("--epochs", type=int, help="instead of the paper's; all else scales with it")
-    g.add_argument("--model", action="append", choices=models.MODELS, help="likewise; may be repeated, as --sparsity")
-    g.add_argument("--dataset", help="likewise")
-    g.add_argument("--sparsity", action="append", type=gm.fraction, help="likewise: fraction of weights KEPT")
-    g.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
-    g.add_argument("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
-    g.add_argument("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
-    g.add_argument("--out", type=gm.place, default=Path("runs/paper"), help="of all runs (default: runs/paper)")
-
-    g = methods.add_parser("bench", description=bench.__doc__)
-    g.add_argument("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
-    g.add_argument("--batch-size", type=int, help="(default: the paper's)")
-    g.add_argument("--rounds", type=int, default=11, help="how often each is measured (default: 11)")
-    gm.flags_of_hardware(g)
+    about = {"description": paper.__doc__, "epilog": f"NAME:\n{names}", "formatter_class": raw}
+    add = methods.add_parser("paper", **about, **quiet).add_argument
+    add("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
+    add("--epochs", type=gm.whole, help="instead of the paper's; all else scales with it")
+    add("--model", action="append", choices=models.MODELS, help="likewise; may be repeated, as --sparsity")
+    add("--dataset", help="likewise")
+    add("--sparsity", action="append", type=gm.fraction, help="likewise: fraction of weights KEPT")
+    add("--seeds", type=gm.whole, default=1, help="how many, from 0 on (default: 1)")
+    add("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
+    add("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
+    add("--out", type=Path, default=Path("runs/paper"), help="of all runs (default: runs/paper)")
+    methods.add_parser("bench", description=bench.__doc__)
     return cli
 
 
 def complete(argv):
     """The arguments of the run `METHOD ...`, or `gem-miner ...`, with all that was not given."""
-    if argv[0] == "gem-miner":
+    if argv[:1] == ["gem-miner"]:
         return gm.complete(gm.arguments(gm.parser(), argv[1:]))
     args = gm.arguments(parser(), argv)
-    named = args.checks
-    if args.method == "dense":
+    name, named, possible = args.method, args.checks, POSSIBLE[args.method]
+    if name == "dense":
         args.sparsity = 1.0
-    if args.finetune_lr is None and args.dataset != "caltech101":  # there the weights are pretrained: Table 15
-        args.finetune_lr = 0.01 if args.method == "ep" and args.model != "resnet20" else 0.1
-    if args.finetune_schedule is None and args.method == "ep" and args.model == "resnet20":
-        args.finetune_schedule = "cosine"
-    if args.method == "ep" and args.lr is None:
-        args.lr = 0.1 * gm.rate_factor(args, gm.paper_setting(args.model, args.dataset, args.sparsity))
+    resnet20_ep = name == "ep" and args.model == "resnet20"
+    if args.dataset != "caltech101":  # there the weights are pretrained: Table 15
+        gm.fill(args, finetune_lr=0.01 if name == "ep" and not resnet20_ep else 0.1)
+    gm.fill(args, finetune_schedule="cosine" if resnet20_ep else "multistep")
+    if name == "ep":
+        paper = gm.paper_setting(args.model, args.dataset, args.sparsity)
+        gm.fill(args, lr=max(0.1, paper.lr) * gm.rate_factor(args, paper))
     gm.complete(args)
     if "round_epochs" in args:
-        args.round_epochs = args.round_epochs or args.finetune_epochs or args.epochs
-    if args.method == "sr":
+        gm.fill(args, round_epochs=args.finetune_epochs or args.epochs)
+    if name == "sr":
         args.trials = min(args.trials, 144)
-        if args.version in SOURCES and getattr(args, "from") is None:
+        if args.version in SOURCES and vars(args)["from"] is None:
             needs = f"needs the densities of {SOURCES[args.version]}"
             raise gm.InputError(f"sr --version {args.version} {needs}: give the folder of such a run as --from")
-    possible = plan(args)["checks"]
-    if args.checks and not possible:
-        raise gm.InputError(f"{args.method} finds no ticket at initialisation to check: leave --checks out")
-    if not set(named or ()) <= set(possible):
-        raise gm.InputError(f"the checks of {args.method} are {' and '.join(possible)}")
+    if args.checks and not set(named or possible) <= set(possible) or named is not None and not possible:
+        raise gm.InputError(f"--checks: {name} can be checked by {' and '.join(possible) or 'none of them'}")
     args.checks = [check for check in possible if check in args.checks]
+    args.search_epochs, args.search = search_cost(args)
     return args
 
 
-def plan(args):
-    """A method, as the arguments of gem_miner.run_command."""
-    name, s, epochs = args.method, args.sparsity, args.epochs
-    if name == "gem-miner":
-        return gm.plan(args)
-    training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
-    init, checks = gm.kaiming_normal, tuple(gm.CHECKS)
+def search_cost(args):
+    """The epochs of a method's search, 1 for a batch as in Table 1; and what it does, in words."""
+    name, s = args.method, args.sparsity
     if name in SCORES:
-        epochs = int(name not in ("dense", "magnitude", "random"))  # 1 for a batch, as in Table 1
-        text, checks = "scores at initialisation", {"dense": (), "random": checks[:2]}.get(name, checks)
-
-        def find(run, phase, f, train, **kw):
-            return run.once(phase, at_init, f, train, score=name, sparsity=s, **kw)
-
-    elif name in ("imp", "lrr"):
-        rounds, rewind = imp_rounds(s), args.rewind if name == "imp" else None
-        epochs, checks = rounds * args.round_epochs, checks[:2] if name == "imp" else ()
-        text = f"{rounds} rounds of {args.round_epochs} epochs, down to {100 * 0.8**rounds:.3g}%"
-
-        def find(run, phase, f, train, **kw):
-            return imp(f, train, sparsity=s, epochs=epochs, rewind=rewind, phase=run.phase, **training, **kw)
-
-    elif name == "ep":
-        gradual = args.gradual or args.regularize
-        whole, init = gradual or getattr(args, "global"), gm.signed_constant
-        variant = {"whole": whole, "period": args.period if gradual else None, "regularize": args.regularize}
-        text = f"{epochs} epochs, lr {args.lr:g}; the top of {'the network' if whole else 'each layer'}"
-        text += (f", fewer every {args.period} epochs" if gradual else "") + ", penalised" * args.regularize
-
-        def find(run, phase, f, train, **kw):
-            return run.phase(phase, edge_popup, f, train, epochs=epochs, sparsity=s, lr=args.lr, **variant, **kw)
-
-    else:
-        epochs = {4: args.trials * args.round_epochs, 5: epochs, 6: epochs}.get(args.version, 0)
-        text, checks = f"smart ratio, version {args.version}", checks[:2]
-
-        def find(run, phase, f, train, init, seed):
-            p = densities(args, f)
-            if args.version == 4:
-                search = {"trials": args.trials, "epochs": epochs, "phase": run.phase, **training}
-                return smart_ratio_search(f, train, densities=p, init=init, seed=seed, **search)
-            if args.version > 4:
-                p = run.phase("densities", tune_densities, f, train, p, epochs=epochs, lr=args.lr, seed=seed)
-            return smart_ratio_ticket(f, train, densities=p, init=init, seed=seed)
-
-    return {"find": find, "epochs": epochs, "text": text, "init": init, "checks": checks}
+        return int(name in ("snip", "grasp", "synflow", "prospr")), "scores at initialisation"
+    if name in ("imp", "lrr"):
+        rounds = imp_rounds(s)
+        return rounds * args.round_epochs, f"{rounds} rounds of {args.round_epochs}, down to {100 * 0.8**rounds:.3g}%"
+    if name == "sr":
+        epochs = {4: args.trials * args.round_epochs, 5: args.epochs, 6: args.epochs}
+        return epochs.get(args.version, 0), f"smart ratio, version {args.version}"
+    args.gradual = args.gradual or args.regularize
+    whole = "the network" if args.gradual or vars(args)["global"] else "each layer"
+    text = f", fewer every {args.period} epochs" * args.gradual + ", penalised" * args.regularize
+    return args.epochs, f"{args.epochs} epochs, lr {args.lr:g}; the top of {whole}{text}"
 
 
-SOURCES = {2: "Gem-Miner", 4: "IMP", 5: "Gem-Miner", 6: "SR-v4"}  # of the densities of a version of smart ratio
+def search(args, run, phase, f, train, **kw):
+    """What a method finds, as gem_miner.run_command wants it. kw: init, seed, perhaps invert=True."""
+    s, epochs = args.sparsity, args.search_epochs
+    training = {"lr": args.finetune_lr, "schedule": gm.finetune_schedule(args)}
+    if args.method in SCORES:
+        return run.once(phase, at_init, f, train, score=args.method, sparsity=s, **kw)
+    if args.method in ("imp", "lrr"):
+        rewind = args.rewind if args.method == "imp" else None
+        return imp(f, train, sparsity=s, epochs=epochs, rewind=rewind, phase=run.phase, **training, **kw)
+    if args.method == "ep":
+        kw |= {"whole": vars(args)["global"], "period": args.period if args.gradual else None}
+        kw |= {"regularize": args.regularize, "lr": args.lr}
+        return run.phase(phase, edge_popup, f, train, epochs=epochs, sparsity=s, **kw)
+    p = densities(args, f)
+    if args.version == 4:
+        kw |= {"trials": args.trials, "epochs": epochs, "phase": run.phase, **training}
+        return smart_ratio_search(f, train, densities=p, **kw)
+    if args.version > 4:
+        p = run.phase("densities", tune_densities, f, train, p, epochs=epochs, lr=args.lr, seed=args.seed)
+    return smart_ratio_ticket(f, train, densities=p, **kw)
 
 
 def densities(args, f):
@@ -570,21 +573,27 @@ def densities(args, f):
     """
     first, last = 1.0, 1.0
     if args.version in SOURCES:
-        path = gm.place(getattr(args, "from")) / "gem.pt"
+        path = Path(vars(args)["from"]) / "gem.pt"
         if not path.is_file():
             raise gm.InputError(f"there is no {path}, which a finished search leaves: choose another --from")
         found = gm.read(path)
-        masks = found.get("mask", {})
-        if {name: tuple(m.shape) for name, m in masks.items()} != dict(zip(f.names, f.shapes)):
-            raise gm.InputError(f"{path} is not a gem of this network: choose another --from")
-        if found["settings"]["sparsity"] != args.sparsity:
-            raise gm.InputError(f"{path} is of --sparsity {found['settings']['sparsity']}: choose another --from")
-        theirs = [m.count_nonzero().item() / m.numel() for m in masks.values()]
+        shapes = {name: tuple(m.shape) for name, m in found["mask"].items()}
+        if shapes != dict(zip(f.names, f.shapes)) or found["settings"]["sparsity"] != args.sparsity:
+            raise gm.InputError(f"{path} is of another network or --sparsity: choose another --from")
+        theirs = [m.count_nonzero().item() / m.numel() for m in found["mask"].values()]
         if args.version in (4, 6):
             return theirs
         first, last = theirs[0], theirs[-1]
     p = smart_ratio(f.sizes, args.sparsity, args.model.startswith("vgg"))
     return p if args.version == 1 else [first, *p[1:-1], last]
+
+
+def run_command(args):
+    """A method's run, or Gem-Miner's."""
+    if args.method == "gem-miner":
+        gm.run_command(args, gm.mine_command, gm.signed_constant)
+    else:
+        gm.run_command(args, search, gm.signed_constant if args.method == "ep" else gm.kaiming_normal)
 
 
 # --- The paper's tables and figures -------------------------------------------------------------------------
@@ -598,25 +607,19 @@ def commands(model, E, scale, folder):
 
     warm = n(2000 if model in ("vgg16", "wrn28_2") else 1000)
     return {
+        **{label: label.lower() for label in ("Dense", "Random", "SNIP", "GraSP", "SynFlow", "EP", "SR")},
         "Gem-Miner": "gem-miner",
         "Long Gem-Miner": f"gem-miner --epochs {20 * E} --period {E} --finetune-epochs {E}",
-        "Dense": "dense",
         "IMP (warm)": f"imp --rewind {warm}",
         "IMP (cold)": "imp",
         "Short IMP (warm)": f"imp --round-epochs {n(8)} --rewind {warm}",
         "Short IMP (cold)": f"imp --round-epochs {n(8)}",
         "Renda et al.": "lrr",
-        "Random": "random",
-        "SNIP": "snip",
-        "GraSP": "grasp",
-        "SynFlow": "synflow",
         "ProsPr": f"prospr --finetune-epochs {n(200)}",
-        "EP": "ep",
         "EP (Table 3)": "ep --batch-size 256",
         "Global EP": "ep --global --batch-size 256",
         "+ Gradual Pruning": "ep --gradual --batch-size 256",
         "+ Regularization": "ep --regularize --batch-size 256",
-        "SR": "sr",
         "SR-v2": f"sr --version 2 --from {folder('Gem-Miner')}",
         "SR-v3": "sr --version 3",
         "SR-v4": f"sr --version 4 --from {folder('IMP (warm)')} --trials {min(144, n(144))}",
@@ -629,201 +632,129 @@ def commands(model, E, scale, folder):
     }
 
 
-TICKS = ("at initialisation", "finetunable", "passes the checks")
-
-
-def ticks(*paper):
-    return dict(zip((*TICKS, "search epochs"), paper))
-
-
-def finetunable(r):
-    """Clearly better than before the training, and than random weights, as many, after theirs."""
-    after, others = r["post_finetune_acc"], (r["pre_finetune_acc"], r["random_acc"])
-    if after is not None and r["random_acc"] is None:
-        return "no random run"
-    if None in (after, *others):
-        return None
-    return "yes" if all(gm.clearly_above(after, other, r["images"][1]) for other in others) else "no"
-
-
-def passes(r):
-    failed = [gm.CHECKS[name] for name, check in r["checks"].items() if not check["passed"]]
-    return "no: " + ", ".join(failed) if failed else "yes"
-
-
-COLUMNS = {  # from a result.json
-    "at initialisation": lambda r: "no" if r["method"] in ("lrr", "dense") or r.get("rewind") else "yes",
-    "finetunable": finetunable,
-    "passes the checks": passes,
-    "search epochs": lambda r: r["search_epochs"],
-    "all epochs": lambda r: r["search_epochs"] + r["finetune_epochs"],
-    "kept %": lambda r: 100 * r["kept"] / r["total"],
-    "r(p)q %": lambda r: 100 * r["kept_m"] / r["total"],
-    "before": lambda r: r["pre_finetune_acc"],
-    "BN re-estimated": lambda r: r["reestimated_acc"],
-    "after": lambda r: r["post_finetune_acc"],
-    "shuffled": lambda r: r["checks"]["shuffle"]["post_finetune_acc"],
-    "reinitialised": lambda r: r["checks"]["reinit"]["post_finetune_acc"],
-    "inverted": lambda r: r["checks"]["invert"]["post_finetune_acc"],
-}
-LAYERS = "kept of each layer (%)"
-CURVES = {  # title: from a result.json and its log
-    "r(p)q (%)": lambda r: [100 * row["m"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
-    "upper bound q (%)": lambda r: [100 * row["q"] / r["total"] for row in r["log"] if row["phase"] == "mine"],
-    "accuracy (%)": lambda r: [row["test_acc"] for row in r["log"] if row["phase"] in ("mine", "finetune")],
-    LAYERS: lambda r: [100 * layer["kept"] / layer["total"] for layer in r["layers"]],
-}
-
-
 class Experiment(NamedTuple):
+    """A table or figure. A label with a * takes the sanity checks."""
+
     about: str
-    networks: tuple  # (model, data set)
-    sparsities: tuple  # (): those of Tables 8 to 14; (None,): the rows have their own
-    columns: tuple  # keys of COLUMNS
-    rows: dict  # label (a key of commands): {column: the paper's figure}
-    at: tuple = ()  # the (model, sparsity) that the paper's figures are for; (): of the first network and sparsity
-    checked: tuple = ()  # labels of the runs that take the sanity checks
-    checks: str = "--checks"  # how
+    networks: str  # MODEL DATASET, ...
+    sparsities: tuple  # (): those of Tables 8 to 14
+    columns: str  # what to print, keys of figures_of; the first of them are those of `rows`
+    rows: dict  # label (a key of commands): the paper's figures
+    at: str = ""  # MODEL SPARSITY that the paper's figures are for, if not all
     own: dict = {}  # label: its own sparsity
-    curves: tuple = ()  # keys of CURVES, to draw
-    authors: dict = {}  # (model, sparsity): {label: how many weights of each layer the authors' own keeps}
-
-    def sparsity_of(self, label, s):
-        return 1.0 if label == "Dense" else s or self.own[label]
+    curves: tuple = ()  # what to draw
 
 
-RESNET20, MOBILENET, VGG = (("resnet20", "cifar10"),), (("mobilenetv2", "cifar10"),), (("vgg16", "cifar10"),)
-CIFAR = (*RESNET20, *MOBILENET, *VGG, ("wrn28_2", "cifar10"))
-CHECKED = ("shuffled", "reinitialised", "inverted")
+RESNET20, MOBILENET, VGG = "resnet20 cifar10", "mobilenetv2 cifar10", "vgg16 cifar10"
+CIFAR = f"{RESNET20}, {MOBILENET}, {VGG}, wrn28_2 cifar10"
+OTHERS = "resnet32x2 cifar100, resnet18 tinyimagenet, resnet50 tinyimagenet, resnet50 caltech101"
+CHECKED = "shuffled, drawn anew, inverted"
 COMPARED = {
-    "Gem-Miner": {"after": 77.89}, "IMP (warm)": {"after": 74.52}, "Renda et al.": {"after": 80.21}, "EP": {},
-    "SR": {"after": 65.61}, "Dense": {},
+    "Gem-Miner*": (77.89,), "IMP (warm)": (74.52,), "Renda et al.": (80.21,), "EP": (), "SR": (65.61,), "Dense": (),
 }  # fmt: skip
 EXPERIMENTS = {
     "table1": Experiment(
-        "Table 1: what each method takes to find 1.4% of ResNet-20", RESNET20, (0.0144,),
-        (*TICKS, "search epochs", "kept %", "before", "BN re-estimated", "after", *CHECKED), {
+        "Table 1: what each method takes to find a ticket", RESNET20, (0.0144,),
+        f"at initialisation, finetunable, passes the checks, search epochs, BN re-estimated, after, {CHECKED}", {
             # The marks as the paper's sentences have them; of edge-popup's checks they say nothing.
-            "IMP (warm)": ticks("no", "yes", "yes", 2850),
-            "SNIP": ticks("yes", "yes", "no", 1),
-            "GraSP": ticks("yes", "yes", "no", 1),
-            "SynFlow": ticks("yes", "yes", "no", 1),
-            "EP": ticks("yes", "no", "none", 150),
-            "SR": ticks("yes", "yes", "no", "O(1)"),
-            "Renda et al.": ticks("no", "yes", "n/a", 3000),  # with the last training
-            "Gem-Miner": ticks("yes", "yes", "yes", 150),
-            "Random": {},
-        }, checked=("IMP (warm)", "SNIP", "GraSP", "SynFlow", "EP", "SR", "Gem-Miner")),
+            "IMP (warm)*": ("no", "yes", "yes", 2850),
+            "SNIP*": ("yes", "yes", "no", 1),
+            "GraSP*": ("yes", "yes", "no", 1),
+            "SynFlow*": ("yes", "yes", "no", 1),
+            "EP*": ("yes", "no", None, 150),
+            "SR*": ("yes", "yes", "no", "O(1)"),
+            "Renda et al.": ("no", "yes", None, 3000),  # with the last training
+            "Gem-Miner*": ("yes", "yes", "yes", 150),
+            "Random": (),
+        }),
     "table2": Experiment(
         # ProsPr's 82.67% is with its authors' recipe: weight decay 5e-4, batch 256, drops after epochs 100 and 150.
-        "Table 2: ProsPr and Gem-Miner", RESNET20, (None,),
-        ("kept %", "after", "shuffled", "reinitialised", "passes the checks"), {
-            "ProsPr": {"kept %": 5, "after": 82.67, "shuffled": 82.15, "reinitialised": 81.64},
-            "Gem-Miner": {"kept %": 3.72, "after": 83.4, "shuffled": 78.73, "reinitialised": 78.6},
-        }, checked=("ProsPr", "Gem-Miner"), checks="--checks shuffle reinit",
-        own={"ProsPr": 0.05, "Gem-Miner": 0.0372}),
+        "Table 2: ProsPr and Gem-Miner", RESNET20, (0.0372,),
+        "kept %, after, shuffled, drawn anew, passes the checks", {
+            "ProsPr*": (5, 82.67, 82.15, 81.64),
+            "Gem-Miner*": (3.72, 83.4, 78.73, 78.6),
+        }, own={"ProsPr": 0.05}),
     "table3": Experiment(
-        "Table 3: from edge-popup to Gem-Miner", RESNET20, (0.0059,),
-        ("kept %", "before", "BN re-estimated", "after"), {
-            "EP (Table 3)": {"before": 19.57, "after": 24.47},
-            "Global EP": {"before": 22.22, "after": 34.42},
-            "+ Gradual Pruning": {"before": 31.56, "after": 63.54},
-            "+ Regularization": {"before": 19.67, "after": 63.72},
-            "Gem-Miner": {"before": 45.30, "after": 66.15},
+        "Table 3: from edge-popup to Gem-Miner", RESNET20, (0.0059,), "before, after, kept %, BN re-estimated", {
+            "EP (Table 3)": (19.57, 24.47),
+            "Global EP": (22.22, 34.42),
+            "+ Gradual Pruning": (31.56, 63.54),
+            "+ Regularization": (19.67, 63.72),
+            "Gem-Miner": (45.30, 66.15),
         }),
     "table4": Experiment(
         # The paper's 3000 are 19 rounds and a last training of 150 epochs. Long Gem-Miner: 3000 to mine, 150 to train.
-        "Table 4: Long Gem-Miner", RESNET20, (0.0144,), ("all epochs", "kept %", "after"), {
-            "Gem-Miner": {"all epochs": 300, "after": 77.89},
-            "Long Gem-Miner": {"all epochs": 3000, "after": 79.50},
-            "IMP (warm)": {"all epochs": 3000, "after": 74.52},
-            "Renda et al.": {"all epochs": 3000, "after": 80.21},
+        "Table 4: Long Gem-Miner", RESNET20, (0.0144,), "all epochs, after, kept %", {
+            "Gem-Miner": (300, 77.89),
+            "Long Gem-Miner": (3000, 79.50),
+            "IMP (warm)": (3000, 74.52),
+            "Renda et al.": (3000, 80.21),
         }),
     "table16": Experiment(
         "Table 16: how far random pruning goes (IMP, not in the table, is where SR-v4 starts)",
-        RESNET20, (0.0144,), ("kept %", "after"), {
-            "Gem-Miner": {"kept %": 1.44, "after": 77.89},
-            "IMP (warm)": {},
-            "SR": {"kept %": 1.44, "after": 65.61},
-            "SR-v2": {"kept %": 1.47, "after": 68.59},
-            "SR-v3": {"kept %": 1.75, "after": 69.78},
-            "SR-v4": {"kept %": 1.44, "after": 69.92},
-            "SR-v5": {"kept %": 1.53, "after": 69.01},
-            "SR-v6": {"kept %": 1.47, "after": 69.08},
+        RESNET20, (0.0144,), "kept %, after", {
+            "Gem-Miner": (1.44, 77.89),
+            "IMP (warm)": (),
+            "SR": (1.44, 65.61),
+            "SR-v2": (1.47, 68.59),
+            "SR-v3": (1.75, 69.78),
+            "SR-v4": (1.44, 69.92),
+            "SR-v5": (1.53, 69.01),
+            "SR-v6": (1.47, 69.08),
         }),
     "fig2": Experiment(
-        "Fig. 2: density while mining MobileNet-V2 (q is the upper bound)", MOBILENET, (None,),
-        ("r(p)q %", "before", "after"), {  # lambda and s as in Table 9
-            "GM lambda 0": {"r(p)q %": "around 50"},
-            "GM lambda 3e-6": {},
-            "GM lambda 7e-6": {"r(p)q %": 2.5},
-            "GM lambda 1.5e-5": {"r(p)q %": 1.4, "before": 84.62, "after": 87.37},
-            "EP": {},
-        }, own={"GM lambda 0": 0.5, "GM lambda 3e-6": 0.2, "GM lambda 7e-6": 0.05, "GM lambda 1.5e-5": 0.0144,
-                "EP": 0.0144}, curves=("r(p)q (%)", "upper bound q (%)")),
+        "Fig. 2: density while mining (q is the upper bound)", MOBILENET, (0.0144,), "r(p)q %, before, after", {
+            "GM lambda 0": ("around 50",),
+            "GM lambda 3e-6": (),
+            "GM lambda 7e-6": (2.5,),
+            "GM lambda 1.5e-5": (1.4, 84.62, 87.37),
+            "EP": (),
+        }, own={"GM lambda 0": 0.5, "GM lambda 3e-6": 0.2, "GM lambda 7e-6": 0.05}, curves=("r(p)q %", "q %")),
     "fig3": Experiment(
         "Fig. 3 (and Fig. 1, a point of it): accuracy after finetuning, and Gem-Miner's sanity checks", CIFAR, (),
-        ("kept %", "after", *CHECKED), COMPARED, at=("resnet20", 0.0144), checked=("Gem-Miner",)),
+        f"after, kept %, {CHECKED}", COMPARED, at="resnet20 1.44%"),
     "fig4": Experiment(
-        "Fig. 4: other data sets: accuracy before and after finetuning, and Gem-Miner's sanity checks",
-        (("resnet32x2", "cifar100"), ("resnet18", "tinyimagenet"), ("resnet50", "tinyimagenet"),
-         ("resnet50", "caltech101")), (), ("kept %", "before", "after", *CHECKED), COMPARED, checked=("Gem-Miner",)),
+        "Fig. 4: other data sets: accuracy before and after finetuning, and Gem-Miner's sanity checks", OTHERS, (),
+        f"after, kept %, before, {CHECKED}", dict.fromkeys(COMPARED, ())),
     "fig5": Experiment(
-        "Fig. 5: accuracy by epoch: mining, then finetuning", MOBILENET, (0.0144,),
-        ("kept %", "before", "after"), {"Gem-Miner": {"kept %": 1.16}, "Dense": {}, "IMP (warm)": {}},
-        curves=("accuracy (%)",)),
+        "Fig. 5: accuracy by epoch: mining, then finetuning", MOBILENET, (0.0144,), "kept %, before, after",
+        {"Gem-Miner": (1.16,), "Dense": (), "IMP (warm)": ()}, curves=("test accuracy %",)),
     "fig6": Experiment(
-        "Fig. 6: accuracy before finetuning", CIFAR, (), ("kept %", "before", "BN re-estimated"),
-        {"Gem-Miner": {"before": 84.62}, "IMP (warm)": {}, "EP": {}, "SR": {}}, at=("mobilenetv2", 0.0144)),
+        "Fig. 6: accuracy before finetuning", CIFAR, (), "before, kept %, BN re-estimated",
+        {"Gem-Miner": (84.62,), "IMP (warm)": (), "EP": (), "SR": ()}, at="mobilenetv2 1.44%"),
     "fig7": Experiment(
-        "Fig. 7: what is kept of each layer", RESNET20, (0.5, 0.0373, 0.0144, 0.0059), ("kept %",),
-        {"Gem-Miner": {}, "IMP (warm)": {}, "SR": {}, "EP": {}}, curves=(LAYERS,), authors={
-            ("resnet20", 0.0144): {
-                "Gem-Miner": (
-                    149, 165, 190, 200, 165, 160, 147, 189, 296, 290, 250, 209, 169, 125, 232, 136, 244, 120, 258, 166),
-                "IMP (warm)": (
-                    194, 244, 227, 201, 179, 182, 166, 285, 300, 308, 221, 186, 158, 217, 171, 124, 128, 116, 81, 172),
-            },
-            ("resnet20", 0.0059): {
-                "Gem-Miner": (111, 78, 103, 106, 80, 86, 60, 71, 113, 162, 103, 103, 39, 40, 40, 44, 29, 26, 33, 153),
-            },
-        }),
+        "Fig. 7: what is kept of each layer", RESNET20, (0.5, 0.0373, 0.0144, 0.0059), "kept %",
+        {"Gem-Miner": (), "IMP (warm)": (), "SR": (), "EP": ()}, curves=("kept of each layer %",)),
     "fig8": Experiment(
         "Fig. 8: further networks: accuracy before and after finetuning, and Gem-Miner's sanity checks",
-        (("mobilenetv2", "tinyimagenet"), ("resnet18", "cifar10")), (), ("kept %", "before", "after", *CHECKED),
-        COMPARED, checked=("Gem-Miner",)),
+        "mobilenetv2 tinyimagenet, resnet18 cifar10", (), f"after, kept %, before, {CHECKED}",
+        dict.fromkeys(COMPARED, ())),
     "fig9": Experiment(
-        "Fig. 9: accuracy before and after finetuning, VGG-16", VGG, (0.014, 0.005),
-        ("kept %", "before", "after"), {
-            "GM lr 0.01": {}, "GM lr 0.001": {}, "GM lr 0.0001": {}, "GM lr 0.00001": {}, "EP": {}, "SR": {}}),
+        "Fig. 9: accuracy before and after finetuning", VGG, (0.014, 0.005), "kept %, before, after",
+        dict.fromkeys(("GM lr 0.01", "GM lr 0.001", "GM lr 0.0001", "GM lr 0.00001", "EP", "SR"), ())),
     "fig10": Experiment(
-        "Fig. 10: four kinds of IMP", RESNET20, (), ("kept %", "before", "after"), {
-            "Gem-Miner": {"after": 77.89},
-            "Short IMP (cold)": {},
-            "Short IMP (warm)": {},
-            "IMP (cold)": {},
-            "IMP (warm)": {"after": 74.52},
-        }, at=("resnet20", 0.0144)),
+        "Fig. 10: four kinds of IMP", RESNET20, (), "after, kept %, before", {
+            "Gem-Miner": (77.89,),
+            "Short IMP (cold)": (),
+            "Short IMP (warm)": (),
+            "IMP (cold)": (),
+            "IMP (warm)": (74.52,),
+        }, at="resnet20 1.44%"),
 }  # fmt: skip
 EXPERIMENTS["fig1"] = EXPERIMENTS["fig3"]
 
 
 def runs_of(experiment, args, more):
-    """[(label, network, sparsity, seed, arguments)] of the runs of an Experiment, in order."""
-    runs = []
-    networks = []
-    for model in dict.fromkeys(args.model or [model for model, _ in experiment.networks]):
-        own = [pair for pair in experiment.networks if pair[0] == model]
-        networks += own or [(model, experiment.networks[0][1])]
-    if args.dataset:
-        networks = dict.fromkeys((model, args.dataset) for model, _ in networks)
-    for model, dataset in networks:
-        rows = gm.paper_rows(model, "cifar10" if dataset == "shapes" else dataset)
+    """{(label, network, fraction kept): [the run of each seed]} of an Experiment, in order."""
+    runs, networks = {}, [network.split() for network in experiment.networks.split(", ")]
+    for model, dataset in networks if not args.model else [(model, networks[0][1]) for model in args.model]:
+        rows = gm.paper_rows(model, dataset)
+        dataset = args.dataset or dataset
         E = args.epochs or gm.paper_setting(model, dataset, 1).epochs
-        network = model if len({d for _, d in networks}) == 1 else f"{model} on {dataset}"
-        listed = experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
-        for s, seed, label in itertools.product(args.sparsity or listed, range(args.seeds), experiment.rows):
-            kept = experiment.sparsity_of(label, s)
+        listed = args.sparsity or experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
+        for s, seed, label in itertools.product(listed, range(args.seeds), experiment.rows):
+            checks, label = ["--checks"] * label.endswith("*"), label.rstrip("*")
+            kept = 1.0 if label == "Dense" else s if args.sparsity else experiment.own.get(label, s)
             place = f"{model}-{dataset}-{kept:g}-seed{seed}"
 
             def folder(label, place=place):
@@ -833,187 +764,144 @@ def runs_of(experiment, args, more):
             argv = shlex.split(commands(model, E, E / rows[0].epochs, folder)[label])
             argv += [] if "--epochs" in argv else ["--epochs", str(E)]
             argv += ["--model", model, "--dataset", dataset, "--sparsity", str(kept), "--seed", str(seed)]
-            argv += experiment.checks.split() * (label in experiment.checked) + more
-            runs.append((label, network, s, seed, complete([*argv, "--out", *shlex.split(folder(label))])))
+            run = complete([*argv, *checks, *more, "--out", *shlex.split(folder(label))])
+            runs.setdefault((label, f"{model} {dataset}", kept), []).append(run)
     return runs
 
 
 def result_of(run):
-    """The result of a run, its log included, or None."""
-    path = run.out / "result.json"
-    try:
-        result = json.loads(path.read_text())
-        result["log"] = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):  # not there, or damaged: a run writes it anew
+    """The result of a complete run, or None."""
+    result = gm.read_json(run.out / "result.json")
+    if not result or not set(run.checks) <= set(result.get("checks", ())):
         return None
-    gm.same_settings(gm.settings(run), result, path)
-    return result
-
-
-def is_complete(run):
-    result = result_of(run)
-    return bool(result) and set(run.checks) <= set(result.get("checks", ()))
+    gm.same_settings(gm.settings(run), result, run.out, free=["eval_every"])
+    rows = (run.out / "log.jsonl").read_text().splitlines()
+    return result | {"rows": [json.loads(row) for row in rows]}
 
 
 def paper(args, more):
-    """Run what a table or figure of the paper needs, and print it in Markdown, the paper's own figures beside ours.
+    """Run what a table or figure of the paper needs, and print it in Markdown, the paper's own figures in brackets.
 
-    Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go to every run.
+    Complete runs in --out are taken as they are, others resumed. Other flags, such as --bf16, go to every run. With
+    --dataset digits --epochs 10 every table and figure of ResNet-20 has its miniature: table1 takes half an hour.
     """
-    experiment = EXPERIMENTS[args.experiment]
-    flags = {a.split("=")[0] for a in more}
-    if "--seed" in flags:
+    experiment, costs, failed = EXPERIMENTS[args.experiment], [], []  # costs: of what is not complete
+    if any(flag.split("=")[0] == "--seed" for flag in more):
         raise gm.InputError(f"not for paper: {shlex.join(more)} (for seeds, --seeds HOW_MANY)")
-    if "--eval-every" in flags and "accuracy (%)" in experiment.curves:
-        raise gm.InputError(f"{args.experiment} draws the accuracy of every epoch: leave --eval-every out")
-    runs = runs_of(experiment, args, more)
-    if args.dry_run:
-        dry_run(run for *_, run in runs)
-        return
-    results, failed = {}, []  # results: {(label, network, sparsity): {seed: its result}}
-    for label, network, s, seed, run in runs:
-        if not args.so_far and not is_complete(run):
+    points = runs_of(experiment, args, more)
+    for run in {run.command: run for runs in points.values() for run in runs}.values():
+        run.resume, done = (run.out / "settings.json").exists(), result_of(run)
+        if args.dry_run:
+            print(f"{'# complete: ' * bool(done)}{run.command}{' --resume' * run.resume}  # {gm.cost(run):,} epochs")
+            costs += [] if done else [gm.cost(run)]
+        elif not done and not args.so_far:
             try:
-                make(run)
-            except gm.InputError as e:  # the others may go well
-                failed.append(str(e))
-                warnings.warn(f"left out: {e}", stacklevel=2)
-        found = results.setdefault((label, network, s), {})
-        if result := result_of(run):
-            found[seed] = result
-    for (_, network, s), found in results.items():
-        for seed, result in found.items():
-            chance = results.get(("Random", network, s), {}).get(seed)
-            result["random_acc"] = chance and chance["post_finetune_acc"]
-    if any(results.values()):
-        show(experiment, args, {point: list(found.values()) for point, found in results.items()})
-    elif not failed:
-        raise gm.InputError(f"no run of {args.experiment} with these flags is complete in {args.out}")
+                with contextlib.redirect_stdout(sys.stderr):  # so that the table can go to a file
+                    run_command(run)
+            except (gm.InputError, FloatingPointError) as e:  # the others may go well
+                failed.append(f"{run.command}: {e}")
+                warnings.warn(f"left out: {failed[-1]}", stacklevel=2)
+    if args.dry_run:
+        print(f"# to do: {len(costs)} runs, {sum(costs):,} epochs")
+    else:
+        show(experiment, args, {point: [r for r in map(result_of, runs) if r] for point, runs in points.items()})
     if failed:
-        raise gm.InputError(f"{len(failed)} of {len(runs)} runs could not be made; the first is {failed[0]}")
-
-
-def make(run):
-    """Make a run, or what is left of it. It prints to stderr, so that the table can go to a file."""
-    run.resume = gm.is_begun(run.out)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            gm.run_command(run, **plan(run))
-    except (gm.InputError, FloatingPointError) as e:
-        raise gm.InputError(f"{run.command}: {e}") from e
-
-
-def dry_run(runs):
-    """Print the commands, those of complete runs as comments, and what they cost."""
-    costs = []  # of what is not complete
-    for run in {run.command: run for run in runs}.values():
-        cost, done = gm.cost(run, plan(run)["epochs"], run.checks), is_complete(run)
-        resume = " --resume" if gm.is_begun(run.out) else ""
-        print(f"{'# complete: ' * done}{run.command}{resume}  # {cost:,} epochs")
-        costs += [] if done else [cost]
-    print(f"# to do: {len(costs)} runs, {sum(costs):,} epochs")
+        raise gm.InputError(f"{len(failed)} runs could not be made; the first is {failed[0]}")
 
 
 def show(experiment, args, results):
-    """Print an experiment: a table and charts. results: {(label, network, sparsity): [the result of each seed]}."""
+    """Print a table and charts. results: {(label, network, fraction kept): [the result of each seed]}."""
     complete = [r for found in results.values() for r in found]
-    first = complete[0]
-    if any(r["images"] != first["images"] for r in complete if r["dataset"] == first["dataset"]):
+    if not complete:
+        raise gm.InputError(f"no run of this experiment with these flags is complete in {args.out}")
+    if len({(r["dataset"], str(r["images"])) for r in complete}) > len({r["dataset"] for r in complete}):
         raise gm.InputError(f"the runs in {args.out} are not all on the same images: choose another --out")
-    seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds, mean ± standard deviation"
-    datasets = ", ".join(dict.fromkeys(r["dataset"] for r in complete))
+    networks, kept = (list(dict.fromkeys(point[i] for point in results if point[0] != "Dense")) for i in (1, 2))
+    where = f" {networks[0]}" * (len(networks) == 1) + f" at {100 * kept[0]:g}%" * (len(kept) == 1)
     print(
-        f"## {experiment.about}\n\n{datasets}, {'up to ' * args.so_far}{seeds}; {first['device']}"
-        f" ({first['processor']}), torch {first['torch']}; accuracies in % of the"
-        f" {'validation' if first['val'] else 'test'} images. The paper's figures are at its full number of epochs.\n"
+        f"## {experiment.about}\n\nOurs:{where}; seeds: {args.seeds} (mean ± standard deviation); accuracies in % of the"
+        f" {'validation' if complete[0]['val'] else 'test'} images.\nIn brackets: the paper's, {experiment.networks}.\n"
     )
-    for ours in dict.fromkeys((r["model"], r["dataset"]) for r in complete):
-        theirs = gm.paper_rows(*ours)[0][:2]
-        if ours != theirs:
-            print(f"The paper has no settings for {' on '.join(ours)}, so those of {' on '.join(theirs)} are taken.\n")
-    at = experiment.at or (experiment.networks[0][0], *experiment.sparsities[:1])
-    shown = {(network, s) for _, network, s in results}
-    given = {c for figures in experiment.rows.values() for c in figures}
-    known = given if at in shown else set()  # the columns that have the paper's figures beside ours
-    head = ["method", "network", "sparsity"]
-    for c in experiment.columns:
-        head += [c, "paper" if datasets == "cifar10" else "paper (CIFAR-10)"] if c in known else [c]
-    rows = []
+    columns = experiment.columns.split(", ")
+    theirs = {label.rstrip("*"): dict(zip(columns, values)) for label, values in experiment.rows.items()}
+    several = ["network"] * (len(networks) > 1) + ["sparsity"] * (len(kept) > 1)
+    for row in [["method", *several, *columns], ["---"] * (1 + len(several) + len(columns))]:
+        print(f"| {' | '.join(row)} |")
     for (label, network, s), found in results.items():
-        row = [label, network, f"{100 * experiment.sparsity_of(label, s):g}%"]
-        for c in experiment.columns:
-            row.append(cell(COLUMNS[c], found, 3 if "%" in c else 2))
-            if c in known:
-                row.append(experiment.rows[label].get(c, "none") if (network, s) == at else "none")
-        rows.append(row)
-    print(markdown(head, rows))
-    for title, xs, lines in charts(experiment, {point: found for point, found in results.items() if found}):
-        if any(lines.values()):
-            print(f"### {title}\n\n{chart(title, xs, {label: line for label, line in lines.items() if line})}")
+        chance = {r["seed"]: r for r in results.get(("Random", network, s), ())}
+        figures = [figures_of(r, chance.get(r["seed"])) for r in found]
+        named = {"network": network, "sparsity": f"{100 * s:g}%"}
+        row = [label, *(named[c] for c in several)]
+        for c in columns:
+            at = experiment.at in ("", f"{network.split()[0]} {100 * s:g}%")
+            row.append(cell([f[c] for f in figures if f.get(c) is not None], theirs[label].get(c) if at else None))
+        print(f"| {' | '.join(row)} |")
+    for title, network, s in itertools.product(experiment.curves, networks, kept):
+        runs = {label: found for (label, *point), found in results.items() if found and point == [network, s]}
+        chart(f"{network} at {100 * s:g}%: {title}", {label: curve(title, found) for label, found in runs.items()})
 
 
-def cell(read, found, digits=2):
-    """What read() finds in the results of all seeds: mean and deviation, or words; or why there is nothing."""
-    if not found:
-        return "not run"
-    try:
-        values = [read(r) for r in found]
-    except KeyError:
-        return "not checked"
-    if None in values:
-        return "not trained"
-    if not isinstance(values[0], float):
-        return ", ".join(dict.fromkeys(map(str, values)))
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def figures_of(r, chance):
+    """{column: its figure} from a result.json; chance: that of as many random weights, or None."""
+    checks, after = r.get("checks", {}), r["post_finetune_acc"]
+    figures = {
+        "at initialisation": "no" if r["method"] in ("lrr", "dense") or r.get("rewind") else "yes",
+        "search epochs": r["search_epochs"],
+        "all epochs": r["search_epochs"] + r["finetune_epochs"],
+        "kept %": 100 * r["kept"] / r["total"],
+        "r(p)q %": 100 * r["kept_m"] / r["total"],
+        "before": r["pre_finetune_acc"],
+        "BN re-estimated": r["reestimated_acc"],
+        "after": after,
+    }
+    for name, column in zip(ALL, CHECKED.split(", ")):
+        figures[column] = checks[name]["post_finetune_acc"] if name in checks else None
+    if checks:
+        figures["passes the checks"] = "yes" if all(check["passed"] for check in checks.values()) else "no"
+    if chance and after is not None:  # clearly better than before training, and than random weights after theirs
+        others = r["pre_finetune_acc"], chance["post_finetune_acc"]
+        better = all(other is not None and gm.clearly_above(after, other, r["images"][1]) for other in others)
+        figures["finetunable"] = "yes" if better else "no"
+    return figures
 
 
-def markdown(head, rows):
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [head, ["---"] * len(head), *rows])
+def cell(ours, paper):
+    """Mean and deviation over the seeds, or words and how often; and the paper's in brackets."""
+    words = collections.Counter(map(str, ours))
+    text = ", ".join(words if len(words) < 2 else (f"{word}: {n}" for word, n in words.items())) or "-"
+    if ours and isinstance(ours[0], float):
+        text = f"{statistics.mean(ours):.2f}" + (f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else "")
+    return text if paper is None else f"{text} ({paper})"
 
 
-def charts(experiment, results):
-    """(title, values of x, {label: those of y}) of all that can be drawn; y: means over the seeds."""
-    measure = [c for c in experiment.columns if c in ("before", "after")][-1:]
-    places = list(dict.fromkeys((network, s) for _, network, s in results))
-    for network in dict.fromkeys(network for network, _ in places):
-        sparsities = [s for other, s in places if other == network]
-        if measure and len(sparsities) > 1:
-            lines = {}
-            for label in experiment.rows:
-                accs = [[COLUMNS[measure[0]](r) for r in results.get((label, network, s), ())] for s in sparsities]
-                if all(of_seeds and None not in of_seeds for of_seeds in accs):
-                    lines[label] = list(map(statistics.mean, accs))
-            yield f"{network}: accuracy {measure[0]} finetuning (%)", [f"{100 * s:g}%" for s in sparsities], lines
-    for (network, s), title in itertools.product(places, experiment.curves):
-        found = {label: of_seeds for (label, *place), of_seeds in results.items() if place == [network, s]}
-        lines = {label: list(map(statistics.mean, zip(*map(CURVES[title], found[label])))) for label in found}
-        xs = range(1, 1 + max(map(len, lines.values())))
-        if title == LAYERS:
-            first = next(iter(found.values()))[0]
-            xs = [layer["name"] for layer in first["layers"]]
-            theirs = experiment.authors.get((network, s), {}) if first["dataset"] == "cifar10" else {}
-            for label, counts in theirs.items():
-                lines[f"{label} (authors)"] = [100 * n / layer["total"] for n, layer in zip(counts, first["layers"])]
-        yield f"{network} {100 * s:g}%: {title}" if s else f"{network}: {title}", xs, lines
+def curve(title, found):
+    """Values of a chart: the mean over the seeds."""
+    lines = []
+    for r in found:
+        mining = [row for row in r["rows"] if row["phase"] == "mine"]
+        lines.append({
+            "q %": [100 * row["q"] / r["total"] for row in mining],
+            "r(p)q %": [100 * row["m"] / r["total"] for row in mining],
+            "test accuracy %": [row["test_acc"] for row in r["rows"] if row["phase"] in ("mine", "finetune")],
+            "kept of each layer %": [100 * layer["kept"] / layer["total"] for layer in r["layers"]],
+        }[title])  # fmt: skip
+    return [statistics.mean(values) for values in zip(*lines) if None not in values]
 
 
-COLOURS = dict(
-    blue="#1f77b4", orange="#ff7f0e", green="#2ca02c", red="#d62728", purple="#9467bd", brown="#8c564b",
-    pink="#e377c2", grey="#7f7f7f", olive="#bcbd22",
-)  # fmt: skip
-
-
-def chart(title, xs, lines):
+def chart(title, lines):
     """Lines that GitHub draws by mermaid, which has no legend; of many points, about 50."""
-    some = range(0, len(xs), math.ceil(len(xs) / 50))
-    legend = ", ".join(f"{colour}: {label}" for colour, label in zip(COLOURS, lines))
-    palette = f'{{"themeVariables": {{"xyChart": {{"plotColorPalette": "{", ".join(COLOURS.values())}"}}}}}}'
-    axis = ", ".join(f'"{xs[i]}"' for i in some)
-    text = f'{legend}\n\n```mermaid\n%%{{init: {palette}}}%%\nxychart-beta\n    title "{title}"\n    x-axis [{axis}]\n'
-    for line in lines.values():  # a shorter one goes on as it ends
-        text += f"    line [{', '.join(f'{line[min(i, len(line) - 1)]:.4g}' for i in some)}]\n"
-    return text + "```\n"
+    colours = {"blue": "#1f77b4", "orange": "#ff7f0e", "green": "#2ca02c", "red": "#d62728", "purple": "#9467bd"}
+    lines = {label: line for label, line in lines.items() if line}
+    longest = max(map(len, lines.values()), default=0)
+    some = range(0, longest, math.ceil(longest / 50) or 1)
+    if longest:
+        palette = f'"xyChart": {{"plotColorPalette": "{", ".join(colours.values())}"}}'
+        print(f"\n{', '.join(f'{colour}: {label}' for colour, label in zip(colours, lines))}\n\n```mermaid")
+        print(f'%%{{init: {{"themeVariables": {{{palette}}}}}}}%%\nxychart-beta\n    title "{title}"')
+        print(f"    x-axis [{', '.join(str(i + 1) for i in some)}]")
+        for line in lines.values():  # a shorter one goes on as it ends
+            print(f"    line [{', '.join(f'{line[min(i, len(line) - 1)]:.4g}' for i in some)}]")
+        print("```")
 
 
 # --- Speed --------------------------------------------------------------------------------------------------
@@ -1021,69 +909,48 @@ def chart(title, xs, lines):
 
 def bench(args):
     """What a step costs here: of training as anybody writes it, of mining, and of finetuning, in turn."""
-    import models
+    f, train, *_ = gm.prepare(args)
+    device, w = args.device.type, gm.draw(f, gm.signed_constant, 0)
+    batches = list(itertools.islice(train, 4 if device == "cpu" else 20))
+    plain = copy.deepcopy(f.model).to(memory_format=torch.channels_last)
+    forward = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
+    opt = torch.optim.SGD(plain.train().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    ms = {"dense": [], "mining": [], "finetuning": []}
 
-    gm.hardware(args)
-    paper, device = gm.paper_setting(args.model, None, 0.0144), args.device
-    side, classes, images = (32, 10, 50_000) if paper.dataset == "cifar10" else (64, 200, 100_000)
-    size, steps = args.batch_size or paper.batch_size, 4 if device.type == "cpu" else 20
-    f = gm.Network(models.build(args.model, classes, image_size=side).to(device), bf16=args.bf16, compile=args.compile)
-    w, plain = gm.draw(f, gm.signed_constant, 0), copy.deepcopy(f.model).to(memory_format=torch.channels_last)
-    call = torch.compile(plain, dynamic=False, mode="reduce-overhead") if args.compile else plain
-    x = [torch.randn(size, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(steps)]
-    batches = list(zip(x, torch.randint(classes, (steps, size), device=device)))
-
-    def dense(batches):
-        opt = torch.optim.SGD(plain.train().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-        for x, y in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss = F.cross_entropy(call(x), y)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-
-    def timed(ms):
+    def timed(name):
         """The batches; notes the time of a step, without what comes before and after them all."""
         start = time.perf_counter()
         yield from batches
-        getattr(torch, device.type).synchronize()
-        ms.append(1000 * (time.perf_counter() - start) / steps)
+        getattr(torch, device).synchronize()
+        ms[name].append(1000 * (time.perf_counter() - start) / len(batches))
 
-    ms = {"dense": [], "mining": [], "finetuning": []}
-    for _ in range(args.rounds + 1):
-        dense(timed(ms["dense"]))
-        gm.mine(f, timed(ms["mining"]), sparsity=0.0144, epochs=1)
-        gm.finetune(f, w, torch.ones_like(w), timed(ms["finetuning"]), epochs=1)
-    ms = {name: times[1:] for name, times in ms.items()}  # the first: warming up
-
-    def spread(values):
-        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
-        return f"{middle:.3g} ± {(high - low) / 2:.2g}"
-
-    precision = "bfloat16" if args.bf16 else "float32"
-    print(f"{args.model} on {device.type}, {precision}, batches of {size} images of {side}x{side}\n")
-    rows = [[name, spread(ms[name]), spread([a / b for a, b in zip(ms[name], ms["dense"])])] for name in ms]
-    print(markdown(["a step of", "ms", "/ dense"], rows))
-    speed, E = 1000 * size / statistics.median(ms["mining"]), paper.epochs
-    hours = 2 * E * images / speed / 3600
-    print(f"mining: {speed:,.0f} images a second; the paper's {E} + {E} epochs would take {hours:.1f} hours here")
+    for _ in range(12):  # the first: warming up
+        for x, y in timed("dense"):
+            with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+                loss = F.cross_entropy(forward(x), y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        gm.mine(f, timed("mining"), sparsity=0.0144, epochs=1, lam=1e-4)
+        gm.finetune(f, w, torch.ones_like(w), timed("finetuning"), epochs=1)
+    for name, times in ms.items():
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(times[1:], ms["dense"][1:])], n=4)
+        step = statistics.median(times[1:])
+        print(f"{name:<10} {step:8.1f} ms a step, {middle:.2f} ± {(high - low) / 2:.2f} of dense")
 
 
 def main(argv):
     """The command line; returns its exit code, as gem_miner.main."""
     gm.warn_plainly()
     try:
-        args, more = parser().parse_known_args(argv)
-        gm.check_values(args)
-        if args.method == "paper":
-            paper(args, more)
-        elif args.method == "bench":
-            bench(gm.arguments(parser(), argv))
+        if argv[:1] == ["paper"]:
+            paper(*parser().parse_known_args(argv))
+        elif argv[:1] == ["bench"]:  # with the flags of dense
+            bench(complete(["dense", "--dataset", "digits", "--batch-size", "128", *argv[1:]]))
         else:
-            args = complete(argv)
-            gm.run_command(args, **plan(args))
+            run_command(complete(argv))
         return 0
-    except (Exception, KeyboardInterrupt) as e:
+    except (Exception, KeyboardInterrupt, SystemExit) as e:
         return gm.exit_code("baselines.py", e)
 
 
