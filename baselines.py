@@ -599,7 +599,7 @@ def run_command(args):
 # --- The paper's tables and figures -------------------------------------------------------------------------
 
 
-def commands(model, E, scale, folder):
+def commands(model, E, scale, batch, folder):
     """{label: its command} of all runs. E: epochs; scale: E by the paper's; folder: label -> folder of that run."""
 
     def n(number):
@@ -616,10 +616,10 @@ def commands(model, E, scale, folder):
         "Short IMP (cold)": f"imp --round-epochs {n(8)}",
         "Renda et al.": "lrr",
         "ProsPr": f"prospr --finetune-epochs {n(200)}",
-        "EP (Table 3)": "ep --batch-size 256",
-        "Global EP": "ep --global --batch-size 256",
-        "+ Gradual Pruning": "ep --gradual --batch-size 256",
-        "+ Regularization": "ep --regularize --batch-size 256",
+        "EP (Table 3)": f"ep --batch-size {2 * batch}",  # as in the authors' files
+        "Global EP": f"ep --global --batch-size {2 * batch}",
+        "+ Gradual Pruning": f"ep --gradual --batch-size {2 * batch}",
+        "+ Regularization": f"ep --regularize --batch-size {2 * batch}",
         "SR-v2": f"sr --version 2 --from {folder('Gem-Miner')}",
         "SR-v3": "sr --version 3",
         "SR-v4": f"sr --version 4 --from {folder('IMP (warm)')} --trials {min(144, n(144))}",
@@ -750,7 +750,8 @@ def runs_of(experiment, args, more):
     for model, dataset in networks if not args.model else [(model, networks[0][1]) for model in args.model]:
         rows = gm.paper_rows(model, dataset)
         dataset = args.dataset or dataset
-        E = args.epochs or gm.paper_setting(model, dataset, 1).epochs
+        own = gm.paper_setting(model, dataset, 1)
+        E = args.epochs or own.epochs
         listed = args.sparsity or experiment.sparsities or dict.fromkeys(row.sparsity for row in rows)
         for s, seed, label in itertools.product(listed, range(args.seeds), experiment.rows):
             checks, label = ["--checks"] * label.endswith("*"), label.rstrip("*")
@@ -761,7 +762,7 @@ def runs_of(experiment, args, more):
                 words = "".join(c if c.isalnum() or c in "-." else " " for c in f"{label}-{place}").split()
                 return shlex.quote(str(args.out / "-".join(words)))
 
-            argv = shlex.split(commands(model, E, E / rows[0].epochs, folder)[label])
+            argv = shlex.split(commands(model, E, E / rows[0].epochs, own.batch_size, folder)[label])
             argv += [] if "--epochs" in argv else ["--epochs", str(E)]
             argv += ["--model", model, "--dataset", dataset, "--sparsity", str(kept), "--seed", str(seed)]
             run = complete([*argv, *checks, *more, "--out", *shlex.split(folder(label))])
@@ -819,8 +820,8 @@ def show(experiment, args, results):
     networks, kept = (list(dict.fromkeys(point[i] for point in results if point[0] != "Dense")) for i in (1, 2))
     where = f" {networks[0]}" * (len(networks) == 1) + f" at {100 * kept[0]:g}%" * (len(kept) == 1)
     print(
-        f"## {experiment.about}\n\nOurs:{where}; seeds: {args.seeds} (mean ± standard deviation); accuracies in % of the"
-        f" {'validation' if complete[0]['val'] else 'test'} images.\nIn brackets: the paper's, {experiment.networks}.\n"
+        f"## {experiment.about}\n\nOurs:{where}; seeds: {args.seeds} (mean ± standard deviation); accuracies in % of"
+        f" the {'validation' if complete[0]['val'] else 'test'} images.\nIn brackets the paper's: {experiment.networks}.\n"
     )
     columns = experiment.columns.split(", ")
     theirs = {label.rstrip("*"): dict(zip(columns, values)) for label, values in experiment.rows.items()}
