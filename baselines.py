@@ -465,30 +465,31 @@ def parser():
         subs[name].set_defaults(finetune_mask="q")
     for name in ("imp", "lrr", "sr"):
         about = "of a round or trial (default: --finetune-epochs)"
-        subs[name].add_argument("--round-epochs", type=gm.whole, help=about)
-    subs["imp"].add_argument("--rewind", type=gm.whole_or_0, default=0, help="to this step; 0, cold, is the default")
+        subs[name].add_argument("--round-epochs", type=gm.number(int, 1), help=about)
+    about = "to this step; 0, cold, is the default"
+    subs["imp"].add_argument("--rewind", type=gm.number(int, 0), default=0, help=about)
     add = subs["ep"].add_argument_group("variants of Table 3").add_argument
     add("--global", action="store_true", help="the top scores of the whole network, not of each layer")
     add("--gradual", action="store_true", help="--global, with fewer from period to period")
     add("--regularize", action="store_true", help="--gradual, with an L2 penalty on the scores")
-    add("--period", type=gm.whole, help="T of --gradual (default: Gem-Miner's)")
-    add("--lr", type=gm.positive, help="learning rate of the scores (default: 0.1; more, in fewer epochs)")
+    add("--period", type=gm.number(int, 1), help="T of --gradual (default: Gem-Miner's)")
+    add("--lr", type=gm.number(float, 1e-12), help="learning rate of the scores (default: 0.1; more, in fewer epochs)")
     add = subs["sr"].add_argument_group("variants of Table 16").add_argument
     about = "SR-v1 to SR-v6 (default: 1; for 5 and 6, the paper's --epochs are 10)"
     add("--version", type=int, choices=range(1, 7), default=1, help=about)
     add("--from", metavar="RUN", help="the folder of a gem's run for 2 and 5, IMP's for 4, SR-v4's for 6")
-    add("--trials", type=gm.whole, default=144, help="how many of SR-v4's 144 densities (default: all)")
-    add("--lr", type=gm.positive, default=1e-6, help="learning rate of the densities, 5 and 6 (default: 1e-6)")
+    add("--trials", type=gm.number(int, 1), default=144, help="how many of SR-v4's 144 densities (default: all)")
+    add("--lr", type=gm.number(float, 1e-12), default=1e-6, help="of the densities, 5 and 6 (default: 1e-6)")
 
     names = "\n".join(f"  {name:<8} {experiment.about}" for name, experiment in EXPERIMENTS.items())
     about = {"description": paper.__doc__, "epilog": f"NAME:\n{names}", "formatter_class": raw}
     add = methods.add_parser("paper", **about, **quiet).add_argument
     add("experiment", metavar="NAME", choices=EXPERIMENTS, help="see below")
-    add("--epochs", type=gm.whole, help="instead of the paper's; all else scales with it")
+    add("--epochs", type=gm.number(int, 1), help="instead of the paper's; all else scales with it")
     add("--model", action="append", choices=models.MODELS, help="likewise; may be repeated, as --sparsity")
     add("--dataset", help="likewise")
     add("--sparsity", action="append", type=gm.fraction, help="likewise: fraction of weights KEPT")
-    add("--seeds", type=gm.whole, default=1, help="how many, from 0 on (default: 1)")
+    add("--seeds", type=gm.number(int, 1), default=1, help="how many, from 0 on (default: 1)")
     add("--dry-run", action="store_true", help="only print the runs, a command a line, and their cost")
     add("--so-far", action="store_true", help="run nothing: print the runs that are complete in --out")
     add("--out", type=Path, default=Path("runs/paper"), help="of all runs (default: runs/paper)")
@@ -820,8 +821,8 @@ def show(experiment, args, results):
     networks, kept = (list(dict.fromkeys(point[i] for point in results if point[0] != "Dense")) for i in (1, 2))
     where = f" {networks[0]}" * (len(networks) == 1) + f" at {100 * kept[0]:g}%" * (len(kept) == 1)
     print(
-        f"## {experiment.about}\n\nOurs:{where}; seeds: {args.seeds} (mean ± standard deviation); accuracies in % of"
-        f" the {'validation' if complete[0]['val'] else 'test'} images.\nIn brackets the paper's: {experiment.networks}.\n"
+        f"## {experiment.about}\n\nOurs:{where}; seeds: {args.seeds} (mean ± standard deviation); accuracies in %"
+        f" of {'validation' if complete[0]['val'] else 'test'} images.\n(The paper, {experiment.networks})\n"
     )
     columns = experiment.columns.split(", ")
     theirs = {label.rstrip("*"): dict(zip(columns, values)) for label, values in experiment.rows.items()}

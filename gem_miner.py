@@ -11,12 +11,12 @@ classifies well before any training, and that trains to high accuracy ("finetuni
     python gem_miner.py --model resnet20 --sparsity 0.0144                               # the paper's CIFAR-10 run
     python gem_miner.py --model resnet20 --sparsity 0.0144 --resume --checks             # and its sanity checks
 
-Symbols, as in the paper (all vectors are in R^d, where d counts every Conv and Linear weight of the network):
+Symbols, as in the paper (all vectors are in R^d, where d counts the trainable Conv and Linear weights):
     w  weights, random and fixed       r(p)  rounding, 1[p >= 0.5]        E    epochs             eta  learning rate
     p  scores in [0, 1], learned       q     1 = not frozen, 0 = frozen   T    freezing period    lam  lambda
     m  mask, r(p) * q                  s     sparsity: the fraction of weights KEPT (0.0144 keeps 1.44%)
 
-Where this file departs from the paper's text ("# Deviation N:" at the place in question; README.md has the reasons):
+Where this file departs from the paper's text ("Deviation N" at the place in question; README.md has the reasons):
     1. Freezing leaves exactly round(s * d) weights, also where T does not divide E; ties are broken at random.
     2. q is finetuned rather than m = r(p) * q, as in most of the authors' own runs; --finetune-mask m is the paper's.
     3. The regulariser is the squared L2 norm, as in the authors' code; their values of lambda belong to it.
@@ -26,7 +26,8 @@ Where this file departs from the paper's text ("# Deviation N:" at the place in 
     7. What the paper leaves open (momentum 0.9, cosine, weight decay) is as in the authors' code.
     8. Lambda can choose itself, epoch by epoch, so that r(p) * q is as sparse as asked for: lam="auto".
     9. In fewer epochs, the scores' learning rate is larger: times the paper's epochs / E, at most ten times.
-A run that is a row of the paper's tables takes that row; every other run of the command line takes 8 and 9.
+A run that is a row of the paper's tables takes that row; every other run of the command line takes 8 and 9, where
+scores are learned by SGD, with l2 and deterministic rounding.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def freeze(p, q, keep, invert=False):
     Line 13 prints the bottom fraction as 1 - e^(cT); 1 - e^(-cT) is meant, which leaves d * e^(-cj) after epoch j.
     `keep` is counted from d, not from the survivors, so that no rounding adds up (Deviation 1).
     """
-    p, frozen = p.cpu(), q.cpu().clone()  # on the CPU, so that a seed means the same everywhere
+    p, frozen = p.cpu(), q.cpu().clone()  # on the CPU, so that ties fall alike everywhere
     alive = frozen.nonzero().squeeze(1)  # line 11, I_1
     alive = alive[torch.randperm(len(alive))]  # many scores are exactly 0: ties fall at random
     alive = alive[p[alive].argsort(stable=True, descending=invert)]  # line 12
@@ -181,7 +182,7 @@ def mine(
                accuracy(f, data, weights); and what state= takes to go on from there (save or copy it at once)
 
     Returns a Gem; leaves the model in eval mode, holding w * m. Its prunable weights are overwritten from the first
-    step on; BatchNorm's statistics change, but no other parameter. All that is random depends on `seed` and the epoch.
+    step on; BatchNorm's statistics change, but no other parameter. What torch draws depends on `seed` and the epoch.
     Raises InputError (a ValueError), and FloatingPointError for a loss that is not finite.
     """
     # fmt: off
@@ -198,27 +199,28 @@ def mine(
     opt = optimizer([p], eta)
     first = 1
     if state:                          # go on with an interrupted search
-        first, w, q, m = state["epoch"] + 1, *(state[name].to(w) for name in "wqm")
+        first, w, q, m = state["epoch"] + 1, state["w"].to(w), state["q"].to(w), state["m"].to(w)
         resume(state, f, opt, p)
     for j in range(first, E + 1):                                              # line 4
         stats = begin_epoch(f, opt, schedule(eta, j, E), seed, "mine", j)
         if lam == "auto":              # Deviation 8
-            penalty = choose_lambda(opt, q, round(d * s ** min(1, 2 * j / E)), count_batches(train, batch_size))
+            lam_j = choose_lambda(opt, q, round(d * s ** min(1, 2 * j / E)), count_batches(train, batch_size))
         else:
-            penalty = float(lam)
+            lam_j = float(lam)
         for x, y in minibatches(f, train, batch_size):                         # line 5
             w_eff = (w * q) * r(p)                                             # line 6
             out = f(w_eff, x)
             loss = criterion(out, y)
             opt.zero_grad()
-            (loss + penalty * norm(p)).backward(inputs=[p])                    # line 7, straight through r
+            (loss + lam_j * norm(p)).backward(inputs=[p])                      # line 7, straight through r
             opt.step()
             p.data.clamp_(0, 1)                                                # line 8, proj onto [0,1]^d
-            stats.add(loss, out, y)                                            # line 9: the next batch
+            stats.add(loss, out, y)                                            # line 9
         if j % T == 0:                                                         # line 10
-            q = freeze(p.detach(), q, round(d * math.exp(-c * j)), invert)     # lines 11-15
+            keep = round(round(d * math.exp(-c * j), 6))                       # 6 digits: s * d may be a half
+            q = freeze(p.detach(), q, keep, invert)                            # lines 11-15
         m = r(p.detach()) * q                                                  # the output
-        row = stats.row(p, q=int(q.sum()), m=int(m.count_nonzero()), lam=penalty)
+        row = stats.row(p, q=int(q.sum()), m=int(m.count_nonzero()), lam=lam_j)
         if on_epoch:
             on_epoch(row, w * m, snapshot(f, opt, p, epoch=j, w=w, q=q, m=m))
     # fmt: on
@@ -231,8 +233,8 @@ def choose_lambda(opt, q, keep, steps):
 
     Under SGD the penalty alone multiplies a score by e^(-X) in an epoch, X = 2 * lam * steps * lr / (1 - momentum).
     Move each surviving score to where its momentum alone would carry it, and let t be the largest but `keep` of these.
-    X = ln(2t) brings t to 0.5, so that r(p) * q has `keep` ones, if the loss moves nothing; what it moves, the next
-    epoch corrects. mine() asks for d * s^(2j/E) in epoch j, and for d * s after half of the epochs.
+    X = ln(2t) brings t to 0.5, so that r(p) * q has about `keep` ones, if the loss moves nothing; what it moves, the
+    next epoch corrects. mine() asks for d * s^(2j/E) in epoch j: for d * s in half of the epochs.
     """
     if not isinstance(opt, torch.optim.SGD):
         raise InputError('lam="auto" is for SGD: give lambda as a number')
@@ -248,7 +250,8 @@ def check_search(s, d, E, T, lam, norm, r):
     check_sparsity(s, d)
     if not 1 <= T <= E:
         raise InputError(f"the period must be from 1 to the number of epochs ({E}): not {T}")
-    if (norm is not l2 or r is not round_ste) if lam == "auto" else not lam >= 0:
+    fits = norm is l2 and r is round_ste if lam == "auto" else lam >= 0
+    if not fits:
         raise InputError(f'lambda must be a number from 0 on, or, for l2 and round_ste alone, "auto": not {lam}')
 
 
@@ -277,7 +280,7 @@ class Network(nn.Module):
         if {parameter.dtype for parameter in model.parameters()} not in ({torch.float32}, {torch.float64}, set()):
             cure = "for bfloat16 or float16, model.float() and Network(model, bf16=True)"
             raise InputError(f"all parameters of a model must be float32, or all float64: {cure}")
-        every, found, own = {}, {}, set()  # {name: parameter}; {prunable parameter: its first name}; see views
+        every, found, custom = {}, {}, set()  # {name: parameter}; {prunable parameter: its first name}; see views
         for home, layer in model.named_modules():
             conv = isinstance(layer, nn.modules.conv._ConvNd)
             matrix = conv or isinstance(layer, nn.Linear)
@@ -291,7 +294,7 @@ class Network(nn.Module):
                 if parameter.numel() and (prune(name, parameter) if prune else default):
                     found.setdefault(parameter, name)
                 if not (conv and type(layer).__module__.startswith("torch.nn.")):
-                    own.add(parameter)
+                    custom.add(parameter)
         if not found:
             raise InputError("there is nothing to prune: no trainable weight of a Conv or Linear, or none of prune=")
         # functional_call's own tying loses the parameters of a module that is used twice.
@@ -300,7 +303,7 @@ class Network(nn.Module):
         self.names = list(found.values())
         self.shapes = [tuple(parameter.shape) for parameter in found]
         self.sizes = [parameter.numel() for parameter in found]
-        self.channels_last = [parameter not in own for parameter in found]
+        self.channels_last = [parameter not in custom for parameter in found]
         self.d = sum(self.sizes)
 
     @classmethod
@@ -344,16 +347,16 @@ class Network(nn.Module):
         a layer of torch's own might need contiguous weights, and gets them.
         """
         views = {}
-        for name, shape, last, part in zip(self.names, self.shapes, self.channels_last, v.split(self.sizes)):
-            views[name] = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else part.view(shape)
+        for name, shape, conv, part in zip(self.names, self.shapes, self.channels_last, v.split(self.sizes)):
+            views[name] = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if conv else part.view(shape)
         return views
 
     def vector(self, tensors=None):
         """The inverse of views: the vector of the named tensors (default: of the model's present weights)."""
         parts = []
-        for name, last in zip(self.names, self.channels_last):
+        for name, conv in zip(self.names, self.channels_last):
             t = (tensors[name] if tensors else self.model.get_parameter(name)).detach()
-            parts.append((t.movedim(1, -1) if last else t).reshape(-1))
+            parts.append((t.movedim(1, -1) if conv else t).reshape(-1))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -450,11 +453,15 @@ def chunks(order, batch_size):
 
 def is_pair(data):
     """Whether data is a tuple of tensors (x, y), rather than what yields batches of them."""
-    pair = isinstance(data, tuple) and len(data) == 2 and all(torch.is_tensor(t) and t.dim() for t in data)
-    if isinstance(data, tuple) != (pair and len(data[0]) == len(data[1]) > 0) or not hasattr(data, "__iter__"):
+    if isinstance(data, tuple):
+        tensors = len(data) == 2 and all(torch.is_tensor(t) and t.dim() for t in data)
+        fits = tensors and len(data[0]) == len(data[1]) > 0
+    else:
+        fits = hasattr(data, "__iter__")
+    if not fits:
         wanted = "a tuple of tensors (x, y) of one length, or yield batches (x, y) as a list or a DataLoader does"
         raise InputError(f"the data must be {wanted} (arrays: torch.from_numpy)")
-    return pair
+    return isinstance(data, tuple)
 
 
 def count_batches(data, batch_size):
@@ -468,7 +475,7 @@ def count_batches(data, batch_size):
 
 def minibatches(f, data, batch_size):
     """Batches (x, y) on f's device: of a tuple of tensors in a new random order, or whatever `data` yields."""
-    later = f.device.type == "cuda"  # elsewhere a copy that nobody waits for is not safe (pytorch#189690)
+    on_gpu = f.device.type == "cuda"  # elsewhere a copy that nobody waits for is not safe (pytorch#189690)
     if is_pair(data):
         xs, ys = data
         data = ((xs[i], ys[i]) for i in chunks(torch.randperm(len(ys)).to(xs.device), batch_size))
@@ -476,7 +483,7 @@ def minibatches(f, data, batch_size):
     for batch in data:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise InputError(f"a batch must be a pair (x, y), not {type(batch).__name__}")
-        x, y = tree_map(lambda t: t.to(f.device, non_blocking=later) if torch.is_tensor(t) else t, tuple(batch))
+        x, y = tree_map(lambda t: t.to(f.device, non_blocking=on_gpu) if torch.is_tensor(t) else t, tuple(batch))
         if f.world > 1 and f.training:  # torchrun: the share of this process, or nothing if there is too little for all
             if len(y) < 2 * f.world:
                 continue
@@ -982,10 +989,9 @@ class Run:
             raise InputError(f"nothing to resume in {out}: run the same command without --resume")
         if RANK == 0 and theirs and not resume:
             raise InputError(f"{out} already holds a run: add --resume to continue just that, or choose another --out")
-        # How to finetune is open until that begins. (But IMP's rounds finetune, too.)
-        still_open = "finetune_epochs" if "round_epochs" in settings else "finetune"
-        still_open = "none" if (out / "finetune.pt").exists() else still_open
-        free = ["eval_every", *(key for key in settings if key.startswith(still_open))]
+        free = ["eval_every"]
+        if not (out / "finetune.pt").exists():  # how to finetune is open until that begins; but IMP's rounds finetune
+            free += ["finetune_epochs"] if "round_epochs" in settings else [k for k in settings if "finetune" in k]
         same_settings(self.settings, theirs or self.settings, path, free)
         write(path, json.dumps(settings, indent=1) + "\n")
 
@@ -1048,7 +1054,6 @@ class Run:
 # --- The command line ---------------------------------------------------------------------------------------
 
 CHECKS = {"shuffle": "random shuffling", "reinit": "weight reinitialisation", "invert": "score inversion"}
-AUTO = ("sgd", "l2", "deterministic")  # what --lam auto is for
 
 
 def fraction(text):
@@ -1059,26 +1064,17 @@ def fraction(text):
     return value
 
 
-def whole(text, least=1, most=10**9):
-    if not (text.lstrip("-").isdecimal() and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-    return int(text)
+def number(kind, least, word=None):
+    """An argparse type: an int or float from `least` to 1e9, or the word."""
 
+    def parse(text):
+        value = text if text == word else kind(text)
+        if value != word and not least <= value <= 1e9:
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {least:g} to 1e9")
+        return value
 
-def whole_or_0(text):
-    return whole(text, least=0)
-
-
-def positive(text):
-    if not 0 < float(text) < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
-
-
-def number_or_auto(text):
-    if text != "auto" and not 0 <= float(text) < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number from 0 on")
-    return text if text == "auto" else float(text)
+    parse.__name__ = "number"
+    return parse
 
 
 def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
@@ -1089,14 +1085,14 @@ def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
     add("--model", choices=models.MODELS, default="resnet20", help="(default: resnet20)")
     add("--dataset", default="cifar10", help=f"{', '.join(LOADERS)} or folder:PATH (default: cifar10)")
     add("--sparsity", type=fraction, default=0.0144, help="fraction of weights KEPT (default: 0.0144)")
-    add("--image-size", type=whole, help="resize the images of folder:PATH to this many pixels square")
+    add("--image-size", type=number(int, 1), help="resize the images of folder:PATH to this many pixels square")
     add("--val", action="store_true", help="report on PATH/val or held-out training images, not test images")
-    add("--seed", type=whole_or_0, default=0, help="of all that is random (default: 0)")
+    add("--seed", type=number(int, 0), default=0, help="of all that is random (default: 0)")
     add = cli.add_argument_group("training (defaults: the paper's Tables 8 to 15, the nearest sparsity)").add_argument
-    add("--epochs", type=whole, help="E, of the search and of the training after it")
-    add("--batch-size", type=whole, help="2 or more (default: Table 15's)")
-    add("--finetune-epochs", type=whole_or_0, help="0: only search (default: as --epochs)")
-    add("--finetune-lr", type=positive, help=f"learning rate of the weights (default: {rate})")
+    add("--epochs", type=number(int, 1), help="E, of the search and of the training after it")
+    add("--batch-size", type=number(int, 2), help="2 or more (default: Table 15's)")
+    add("--finetune-epochs", type=number(int, 0), help="0: only search (default: as --epochs)")
+    add("--finetune-lr", type=number(float, 1e-12), help=f"learning rate of the weights (default: {rate})")
     add("--finetune-schedule", choices=("multistep", "cosine"), help=f"(default: {schedule})")
     about = "run the sanity checks of section 4 as well, all or those named: with all, a run takes three times as long"
     add("--checks", nargs="*", choices=CHECKS, metavar="CHECK", help=about)
@@ -1104,7 +1100,7 @@ def flags_of_all_methods(cli, rate="Table 15's", schedule="multistep"):
     add("--out", type=Path, help="folder of the run (default: under runs/)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
-    add("--eval-every", type=whole, default=1, help="epochs from test to test (default: 1)")
+    add("--eval-every", type=number(int, 1), default=1, help="epochs from test to test (default: 1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs made for it)")
     add("--compile", action="store_true", help="train through torch.compile")
@@ -1116,11 +1112,11 @@ def parser():
     cli.set_defaults(method="gem-miner")
     flags_of_all_methods(cli)
     add = cli.add_argument_group("mining (defaults: Tables 8 to 14)").add_argument
-    add("--period", type=whole, help="T, epochs between freezes; scales with --epochs if not given")
+    add("--period", type=number(int, 1), help="T, epochs between freezes; scales with --epochs if not given")
     add("--optimizer", choices=("sgd", "adam"), help="of the scores")
-    add("--lr", type=positive, help="learning rate of the scores; if lambda is auto, more in fewer epochs")
+    add("--lr", type=number(float, 1e-12), help="learning rate of the scores; if lambda is auto, more in fewer epochs")
     about = "lambda, weight of the penalty on the scores, or 'auto' (default: the paper's, for its runs; else auto)"
-    add("--lam", type=number_or_auto, help=about)
+    add("--lam", type=number(float, 0, "auto"), help=about)
     add("--penalty", choices=("l2", "l1"), default="l2", help="(default: l2)")
     add("--rounding", choices=("deterministic", "random"), default="deterministic", help="r(p)")
     add("--finetune-mask", choices=("q", "m"), default="q", help="q, not frozen, or m = r(p)*q (default: q)")
@@ -1150,13 +1146,13 @@ def complete(args):
     paper = paper_setting(args.model, args.dataset, args.sparsity)
     E = args.epochs = args.epochs or paper.epochs
     period = max(1, round(paper.period * E / paper.epochs))
-    ours = {"period": period, "finetune_epochs": E, "finetune_schedule": "multistep", "lr": None, "lam": None}
-    fill(args, **paper._asdict() | ours)
+    ours = {"period": period, "finetune_epochs": E, "finetune_schedule": "multistep"}
+    fill(args, **{k: v for k, v in (paper._asdict() | ours).items() if k not in ("lr", "lam")})  # these: below
     if args.method == "gem-miner":
         near = abs(math.log(paper.sparsity / args.sparsity)) < 0.1
-        own = near and all(getattr(args, k) == getattr(paper, k) for k in ("model", "dataset", "epochs", "batch_size"))
-        auto = (args.optimizer, args.penalty, args.rounding) == AUTO
-        fill(args, lam="auto" if auto and not own else paper.lam)
+        same = (args.model, args.dataset, E, args.batch_size) == (*paper[:2], paper.epochs, paper.batch_size)
+        auto = (args.optimizer, args.penalty, args.rounding) == ("sgd", "l2", "deterministic")
+        fill(args, lam="auto" if auto and not (near and same) else paper.lam)
         if args.lam == "auto" and not auto:
             raise InputError("--lam auto is for --optimizer sgd, --penalty l2 and --rounding deterministic alone")
         fill(args, lr=paper.lr * (rate_factor(args, paper) if args.lam == "auto" else 1))
@@ -1164,8 +1160,6 @@ def complete(args):
         args.search += f"lr {args.lr:g}, cosine; lambda {args.lam} ({args.penalty}); keeps {args.finetune_mask}"
     if getattr(args, "period", 1) > E:
         raise InputError(f"--period {args.period} is longer than --epochs {E}: nothing would ever be frozen")
-    if args.batch_size < 2:
-        raise InputError("--batch-size must be 2 or more: BatchNorm cannot train on one image")
     args.checks = [] if args.checks is None else args.checks or list(CHECKS)
     if args.checks and not args.finetune_epochs:
         raise InputError("--checks compares accuracies after finetuning: take --finetune-epochs 1 or more")
