@@ -42,6 +42,7 @@ import gem_miner as gm
 import models
 
 HERE = Path(gm.__file__).parent
+torch.set_num_threads(1)  # the networks are tiny: more threads would wait for each other
 pytestmark = pytest.mark.filterwarnings(
     "error:::(gem_miner|baselines|models)",  # our code warns of nothing,
     "ignore:no weight is left",  # but of what it means to say
