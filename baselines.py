@@ -235,10 +235,10 @@ def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=Fal
     """
     if score not in SCORES:
         raise gm.InputError(f"the scores are {', '.join(SCORES)}, not {score!r}")
-    ours, how, s = gm.Network.of(model), SCORES[score], float(sparsity)
-    gm.check_sparsity(s, ours.d)
-    w = gm.draw(ours, init, seed)
-    f = gm.Network(copy.deepcopy(ours.model).to(how.dtype), prune=lambda name, _: name in ours.names)
+    network, how, s = gm.Network.of(model), SCORES[score], float(sparsity)
+    gm.check_sparsity(s, network.d)
+    w = gm.draw(network, init, seed)
+    f = gm.Network(copy.deepcopy(network.model).to(how.dtype), prune=lambda name, _: name in network.names)
     batches = partial(gm.minibatches, f, train, batch_size)
     v, m = w.to(f.dtype), torch.ones(f.d, dtype=f.dtype, device=f.device)
     gm.reseed(seed, "score")
@@ -247,7 +247,7 @@ def at_init(model, train, *, score, sparsity, init=gm.kaiming_normal, invert=Fal
         if not p.sum().isfinite():
             raise FloatingPointError(f"{score}'s scores are not finite on this network")
         m = gm.freeze(p, m, how.count(f.d, s ** (k / how.rounds)), invert)
-    ours.finish(w, m.to(w))
+    network.finish(w, m.to(w))
     return gm.Gem(w, p, m.to(w), m.to(w))
 
 
@@ -577,11 +577,11 @@ def densities(args, f):
         path = Path(vars(args)["from"]) / "gem.pt"
         if not path.is_file():
             raise gm.InputError(f"there is no {path}, which a finished search leaves: choose another --from")
-        found = gm.read(path)
-        shapes = {name: tuple(m.shape) for name, m in found["mask"].items()}
-        if shapes != dict(zip(f.names, f.shapes)) or found["settings"]["sparsity"] != args.sparsity:
+        gem = gm.read(path)
+        shapes = {name: tuple(m.shape) for name, m in gem["mask"].items()}
+        if shapes != dict(zip(f.names, f.shapes)) or gem["settings"]["sparsity"] != args.sparsity:
             raise gm.InputError(f"{path} is of another network or --sparsity: choose another --from")
-        theirs = [m.count_nonzero().item() / m.numel() for m in found["mask"].values()]
+        theirs = [m.count_nonzero().item() / m.numel() for m in gem["mask"].values()]
         if args.version in (4, 6):
             return theirs
         first, last = theirs[0], theirs[-1]
@@ -834,9 +834,9 @@ def show(experiment, args, results):
         figures = [figures_of(r, chance.get(r["seed"])) for r in found]
         named = {"network": network, "sparsity": f"{100 * s:g}%"}
         row = [label, *(named[c] for c in several)]
+        papers = theirs[label] if experiment.at in ("", f"{network.split()[0]} {100 * s:g}%") else {}
         for c in columns:
-            at = experiment.at in ("", f"{network.split()[0]} {100 * s:g}%")
-            row.append(cell([f[c] for f in figures if f.get(c) is not None], theirs[label].get(c) if at else None))
+            row.append(cell([f[c] for f in figures if f.get(c) is not None], papers.get(c)))
         print(f"| {' | '.join(row)} |")
     for title, network, s in itertools.product(experiment.curves, networks, kept):
         runs = {label: found for (label, *point), found in results.items() if found and point == [network, s]}

@@ -674,8 +674,8 @@ PAPER = [Setting(model, dataset, s, *rest) for model, dataset, sparsities, *rest
 def paper_rows(model, dataset):
     """The rows of PAPER for (model, dataset); where it has none, those of the model, or else of ResNet-20."""
     for match in ((model, dataset), (model,), ("resnet20",)):
-        if found := [row for row in PAPER if row[: len(match)] == match]:
-            return [row for row in found if row.dataset == found[0].dataset]
+        if rows := [row for row in PAPER if row[: len(match)] == match]:
+            return [row for row in rows if row.dataset == rows[0].dataset]
 
 
 def paper_setting(model, dataset, sparsity):
@@ -744,7 +744,9 @@ def load_data(name, root, image_size=None, held_out=False):
     else:
         try:
             data = LOADERS[name](Path(root))
-        except (OSError, RuntimeError, ValueError) as e:  # of a download, or of a damaged archive
+        except InputError:  # has its own cure
+            raise
+        except (OSError, RuntimeError, ValueError, LookupError) as e:  # of a download, or of a damaged archive
             cure = f"put its archive into {Path(root).absolute()} by hand, or take --dataset digits"
             raise InputError(f"could not get {name} ({e}): {cure}") from e
     if held_out:
@@ -822,7 +824,7 @@ def folder(path, size=None):
     """Any pictures as path/train/CLASS/* and path/test/CLASS/* (or path/val), resized to size x size if given."""
     parts = {name: class_folders(path / name) for name in ("train", "test", "val") if (path / name).is_dir()}
     classes = parts.get("train", [])
-    if len(classes) < 2 or len(parts) < 2 or any(found != classes for found in parts.values()):
+    if len(classes) < 2 or len(parts) < 2 or any(names != classes for names in parts.values()):
         needs = "needs folders 'train' and 'test' (or 'val'), with the same class folders of pictures, two or more"
         raise InputError(f"{path} {needs}")
     splits = dict(zip(parts, read_images(*(pictures(path / name, classes) for name in parts), size=size)))
@@ -997,7 +999,7 @@ class Run:
         if not (out / "finetune.pt").exists():  # how to finetune is open until that begins; but IMP's rounds finetune
             free += ["finetune_epochs"] if "round_epochs" in settings else [k for k in settings if "finetune" in k]
         same_settings(self.settings, theirs or self.settings, path, free)
-        write(path, json.dumps(settings, indent=1) + "\n")
+        write(path, json.dumps(self.settings, indent=1) + "\n")
 
     def load(self, name):
         """The path of a phase's file, and what is in it."""
@@ -1150,8 +1152,8 @@ def complete(args):
     paper = paper_setting(args.model, args.dataset, args.sparsity)
     E = args.epochs = args.epochs or paper.epochs
     period = max(1, round(paper.period * E / paper.epochs))
-    ours = {"period": period, "finetune_epochs": E, "finetune_schedule": "multistep"}
-    fill(args, **{k: v for k, v in (paper._asdict() | ours).items() if k not in ("lr", "lam")})  # these: below
+    scaled = {"period": period, "finetune_epochs": E, "finetune_schedule": "multistep"}
+    fill(args, **{k: v for k, v in (paper._asdict() | scaled).items() if k not in ("lr", "lam")})  # these: below
     if args.method == "gem-miner":
         near = abs(math.log(paper.sparsity / args.sparsity)) < 0.1
         same = (args.model, args.dataset, E, args.batch_size) == (*paper[:2], paper.epochs, paper.batch_size)
@@ -1286,17 +1288,17 @@ def run_command(args, search, init):
     # Deviation 2: q by default. With the paper's lambda the penalty removes more weights than s asks for, and
     # finetuning q gets them back. Four of the authors' five published ResNet-20 gems are q, by their counts.
     mask = gem.m if args.finetune_mask == "m" else gem.q
-    found = {
+    content = {
         "settings": run.settings, "model": args.model, "build": build,
         "mean": train.mean.cpu(), "std": train.std.cpu(),  # the networks take (image - mean) / std, in 0..255
         "scores": f.views(gem.p), "q": f.views(gem.q.bool()), "mask": f.views(mask.bool()),
         "initial": {**before, **f.views(gem.w)},  # loads into models.build(model, **build), as gem and finetuned do
         "gem": {**after, **f.views(gem.w * gem.m)},
     }  # fmt: skip
-    write(args.out / "gem.pt", found)
+    write(args.out / "gem.pt", content)
     tuned = tune("finetune", gem.w, mask)
     if args.finetune_epochs:
-        write(args.out / "gem.pt", found | {"finetuned": {**f.rest(), **f.views(tuned)}})
+        write(args.out / "gem.pt", content | {"finetuned": {**f.rest(), **f.views(tuned)}})
     if "shuffle" in args.checks:
         tune("shuffle", gem.w, shuffle(f, mask, args.seed))
     if "reinit" in args.checks:
